@@ -1,0 +1,1 @@
+"""Names, messages, chance, files and devices."""

@@ -1,0 +1,170 @@
+"""RunFolder: where a run keeps everything that it was told and everything that it found.
+
+recipe.json          the resolved recipe          environment.json   versions, machine
+overrides.txt        key=value words              log.txt            for people
+metrics.jsonl        for machines, a row a note   checkpoints/  export/  report/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dino_adapters.contracts import RunFolderError
+from dino_adapters.runtime.files import write_json, write_text
+
+PACKAGES = ("dino-adapters", "torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn")
+
+
+class RunFolder:
+    """Layout of one run's folder; all writes are atomic or append whole lines."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def recipe_file(self) -> Path:
+        """The resolved recipe as JSON."""
+        return self.path / "recipe.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Training states, one folder a step."""
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        """The exported backbone."""
+        return self.path / "export"
+
+    @property
+    def report(self) -> Path:
+        """Pages and pictures."""
+        return self.path / "report"
+
+    @property
+    def holds_a_run(self) -> bool:
+        """Whether a run was started here."""
+        return self.recipe_file.exists()
+
+    def begin(self, recipe: dict[str, Any], overrides: Sequence[str] = ()) -> None:
+        """Creates the folder and writes what the run was told.
+
+        Raises:
+            RunFolderError: the folder holds a run already, or files that are not ours.
+        """
+        if self.holds_a_run:
+            raise RunFolderError(
+                f"{self.path} already holds a run. Continue it with --resume, name another folder "
+                "with --out, or replace it with --overwrite."
+            )
+        strangers = sorted(p.name for p in self.path.glob("*") if not p.name.startswith("."))
+        if self.path.exists() and (not self.path.is_dir() or strangers):
+            shown = f" ({', '.join(strangers[:3])})" if strangers else ""
+            raise RunFolderError(
+                f"{self.path} exists and holds other files{shown}. Name an empty or a new folder "
+                "with --out."
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / "environment.json", environment())
+        write_text(self.path / "overrides.txt", "".join(f"{word}\n" for word in overrides))
+        write_json(self.recipe_file, recipe)  # last: its presence says that the folder is complete
+
+    def clear(self) -> None:
+        """Removes a run that stands here; refuses folders that hold none.
+
+        Raises:
+            RunFolderError: there are files here but no run.
+        """
+        if not self.path.exists():
+            return
+        if not self.holds_a_run:
+            if any(self.path.iterdir()):
+                raise RunFolderError(
+                    f"{self.path} holds files but no run, so --overwrite leaves it alone. Name "
+                    "another folder with --out."
+                )
+            return
+        import shutil
+
+        shutil.rmtree(self.path)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the folder for one writer; the lock goes with the process.
+
+        Raises:
+            RunFolderError: another process writes here.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise RunFolderError(
+                    f"Another process is writing to {self.path}. Wait for it, or name another "
+                    "folder with --out."
+                ) from error
+            yield
+
+    def note(self, row: dict[str, Any]) -> None:
+        """Appends one row to metrics.jsonl; non-finite numbers are written as null."""
+        line = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False)
+        with self.metrics_file.open("a", encoding="utf-8") as opened:
+            opened.write(line + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows of metrics.jsonl; a half-written last line is left out."""
+        if not self.metrics_file.exists():
+            return []
+        rows = []
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+        return rows
+
+    def drop_rows_from(self, step: int) -> None:
+        """Removes rows of steps >= `step`, which a resumed run will write again."""
+        kept = [row for row in self.rows() if int(row.get("step", -1)) < step]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+        write_text(self.metrics_file, lines)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, without names of hosts, users or paths."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {
+        "python": sys.version.split()[0],
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "packages": versions,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value
