@@ -18,13 +18,13 @@ class DataRecipe(BaseModel, frozen=True, extra="forbid", use_attribute_docstring
     """Names of the files' channels in their order; needed for anything but grey or RGB."""
     value_range: tuple[float, float] | None = None
     """File values that mean 0 and 1; needed for 16-bit and float images."""
-    image_size: int | None = Field(None, ge=8)
+    image_size: int | None = Field(default=None, ge=8)
     """Training reads images with the shorter side at this many pixels; None derives it."""
-    workers: int = Field(2, ge=0)
+    workers: int = Field(default=2, ge=0)
     """Threads that read and decode; results do not depend on it."""
-    max_unreadable: float = Field(0.1, ge=0.0, le=1.0)
+    max_unreadable: float = Field(default=0.1, ge=0.0, le=1.0)
     """Share of unreadable files above which the run is refused."""
-    memory_gb: float = Field(2.0, ge=0.0)
+    memory_gb: float = Field(default=2.0, ge=0.0)
     """Decoded images are kept in memory up to this size."""
 
     @model_validator(mode="after")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dino_adapters.recipes.data import DataRecipe
 
 Fraction = float
 
 
-class Section(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+class Section(BaseModel):
     """Base of all sections."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class ModelRecipe(Section):
@@ -24,22 +26,22 @@ class ModelRecipe(Section):
     """Changes to the named architecture, e.g. `{depth: 6}`; only with a catalogue name."""
     checkpoint: str | None = None
     """Weights file for a timm name, where they are not its own download."""
-    drop_path: float = Field(0.0, ge=0.0, lt=1.0)
+    drop_path: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Stochastic depth of the student (DINOv3: 0.3 for ViT-L on 2,048 images a step)."""
 
 
 class CropsRecipe(Section):
     """Multi-crop views, made in batches on the device (DINOv3, section 2.5 of its recipes)."""
 
-    global_size: int = Field(64, ge=8)
+    global_size: int = Field(default=64, ge=8)
     """Side of a global crop in pixels; a multiple of the patch size."""
-    global_count: int = Field(2, ge=2)
+    global_count: int = Field(default=2, ge=2)
     """Global crops of an image; the teacher sees all of them."""
     global_scale: tuple[Fraction, Fraction] = (0.32, 1.0)
     """Area of a global crop as a share of the image."""
-    local_size: int = Field(32, ge=8)
+    local_size: int = Field(default=32, ge=8)
     """Side of a local crop in pixels; a multiple of the patch size."""
-    local_count: int = Field(4, ge=0)
+    local_count: int = Field(default=4, ge=0)
     """Local crops of an image; only the student sees them."""
     local_scale: tuple[Fraction, Fraction] = (0.05, 0.32)
     """Area of a local crop as a share of the image."""
@@ -47,16 +49,16 @@ class CropsRecipe(Section):
     """Mirror left and right with probability 0.5."""
     vertical_flip: bool = False
     """Mirror top and bottom with probability 0.5: right for images that have no up."""
-    jitter: Fraction = Field(0.8, ge=0.0, le=1.0)
+    jitter: Fraction = Field(default=0.8, ge=0.0, le=1.0)
     """Probability of brightness 0.4, contrast 0.4, saturation 0.2 and hue 0.1 jitter."""
-    grayscale: Fraction = Field(0.2, ge=0.0, le=1.0)
+    grayscale: Fraction = Field(default=0.2, ge=0.0, le=1.0)
     """Probability of dropping colour; RGB only."""
     blur: tuple[Fraction, Fraction, Fraction] = (0.0, 0.9, 0.5)
     """Probability of a Gaussian blur in the first global, other global and local crops. The
     default is what the released DINOv2 and DINOv3 were really trained with."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Range of the blur's standard deviation in pixels of the crop."""
-    solarize: Fraction = Field(0.2, ge=0.0, le=1.0)
+    solarize: Fraction = Field(default=0.2, ge=0.0, le=1.0)
     """Probability of inverting bright pixels, in global crops after the first; RGB only."""
 
     @model_validator(mode="after")
@@ -79,7 +81,7 @@ class CropsRecipe(Section):
 class MasksRecipe(Section):
     """Which patches of global crops are hidden from the student (iBOT)."""
 
-    probability: Fraction = Field(0.5, ge=0.0, le=1.0)
+    probability: Fraction = Field(default=0.5, ge=0.0, le=1.0)
     """Share of global crops that are masked."""
     ratio: tuple[Fraction, Fraction] = (0.1, 0.5)
     """Masked share of the patches of such a crop, spread evenly over the masked crops."""
@@ -88,57 +90,60 @@ class MasksRecipe(Section):
 class ObjectiveRecipe(Section):
     """Terms of the loss and the heads they need."""
 
-    dino_weight: float = Field(1.0, ge=0.0)
+    dino_weight: float = Field(default=1.0, ge=0.0)
     """Weight of the class-token term."""
-    ibot_weight: float = Field(1.0, ge=0.0)
+    ibot_weight: float = Field(default=1.0, ge=0.0)
     """Weight of the masked-patch term; networks without mask tokens train without it."""
-    koleo_weight: float = Field(0.1, ge=0.0)
+    koleo_weight: float = Field(default=0.1, ge=0.0)
     """Weight of the term that spreads class tokens."""
-    prototypes: int = Field(1024, ge=2)
+    prototypes: int = Field(default=1024, ge=2)
     """K of the DINO head. Keep log(K / (2 * batch size)) below about 3."""
-    ibot_prototypes: int | None = Field(None, ge=2)
+    ibot_prototypes: int | None = Field(default=None, ge=2)
     """K of the iBOT head; None takes `prototypes`."""
-    hidden_dim: int = Field(512, ge=1)
+    hidden_dim: int = Field(default=512, ge=1)
     """Width of the heads' hidden layers."""
-    bottleneck_dim: int = Field(128, ge=1)
+    bottleneck_dim: int = Field(default=128, ge=1)
     """Width of the normalised layer before the prototypes."""
-    student_temperature: float = Field(0.1, gt=0.0)
+    prototype_norm: float | None = Field(default=None, gt=0.0)
+    """Length of the prototypes at the start. None is DINOv3's (0.02 * sqrt(bottleneck_dim)), made
+    for long runs; 1, as in DINO and DINOv2, sharpens the targets from the first step."""
+    student_temperature: float = Field(default=0.1, gt=0.0)
     """Divides the student's logits."""
     teacher_temperature: tuple[float, float] = (0.04, 0.07)
     """Divides the teacher's logits: at the start, and after its warm-up."""
-    sinkhorn_rounds: int = Field(3, ge=1)
+    sinkhorn_rounds: int = Field(default=3, ge=1)
     """Rounds of Sinkhorn-Knopp that balance the teacher's targets."""
 
 
 class OptimRecipe(Section):
     """AdamW and what it is applied to."""
 
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(default=32, ge=1)
     """Images of one step."""
-    lr: float = Field(1e-3, gt=0.0)
+    lr: float = Field(default=1e-3, gt=0.0)
     """Peak learning rate, used as it is: no hidden scaling with the batch size."""
-    lr_end: float = Field(1e-6, ge=0.0)
+    lr_end: float = Field(default=1e-6, ge=0.0)
     """Learning rate at the last step."""
     weight_decay: tuple[float, float] = (0.04, 0.4)
     """At the first and the last step; half a cosine between."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's averages of the gradient and its square."""
-    clip: float | None = Field(3.0, gt=0.0)
+    clip: float | None = Field(default=3.0, gt=0.0)
     """Largest gradient norm of the backbone and of each head, each by itself."""
-    layer_decay: float = Field(0.9, gt=0.0, le=1.0)
+    layer_decay: float = Field(default=0.9, gt=0.0, le=1.0)
     """Learning rate of a block over that of the next one; ViT only."""
-    patch_embed_multiplier: float = Field(0.2, ge=0.0)
+    patch_embed_multiplier: float = Field(default=0.2, ge=0.0)
     """Further factor on the learning rate of our networks' patch embedding."""
 
 
 class ScheduleRecipe(Section):
     """When things change, as fractions of the run."""
 
-    warmup: Fraction = Field(0.1, ge=0.0, le=1.0)
+    warmup: Fraction = Field(default=0.1, ge=0.0, le=1.0)
     """Linear rise of the learning rate; half a cosine follows."""
-    freeze_last_layer: Fraction = Field(0.01, ge=0.0, le=1.0)
+    freeze_last_layer: Fraction = Field(default=0.01, ge=0.0, le=1.0)
     """The prototypes stay as they start for so long."""
-    temperature_warmup: Fraction = Field(0.3, ge=0.0, le=1.0)
+    temperature_warmup: Fraction = Field(default=0.3, ge=0.0, le=1.0)
     """Linear rise of the teacher's temperature."""
     momentum: tuple[float, float] = (0.992, 1.0)
     """Of the teacher's moving average, at the first and the last step; half a cosine between."""
@@ -147,11 +152,11 @@ class ScheduleRecipe(Section):
 class CheckpointRecipe(Section):
     """What is kept on disk while training."""
 
-    every_steps: int = Field(200, ge=1)
+    every_steps: int = Field(default=200, ge=1)
     """Training state, from which `--resume` goes on."""
-    keep: int = Field(2, ge=1)
+    keep: int = Field(default=2, ge=1)
     """The last so many states stay."""
-    snapshots: int = Field(0, ge=0)
+    snapshots: int = Field(default=0, ge=0)
     """Teacher backbones exported on the way, evenly spread, to measure progress with."""
 
 
@@ -174,9 +179,9 @@ class PretrainRecipe(Section):
     """The run in time."""
     checkpoint: CheckpointRecipe = CheckpointRecipe()
     """What is kept."""
-    steps: int = Field(1000, ge=1)
+    steps: int = Field(default=1000, ge=1)
     """Optimiser steps of the whole run."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Same seed, same weights."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""

@@ -1,0 +1,183 @@
+"""start, pretrain, export: from images to a backbone of your own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dino_adapters.cli import screen
+from dino_adapters.cli.options import (
+    Checkpoint,
+    Json,
+    Labels,
+    Out,
+    Overrides,
+    Overwrite,
+    Quiet,
+    RecipeWord,
+    recipe_and_overrides,
+)
+
+
+def start(
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Your images: a folder or a CSV. Without it, example images are used.",
+            show_default=False,
+        ),
+    ] = None,
+    labels: Labels = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Network to continue from: anything that load_backbone opens. Without it, a small "
+            "public one.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="Where everything goes.")
+    ] = Path("runs/start"),
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Time to train, both runs together; default: a few.", show_default=False, min=0.01
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same result.", min=0)] = 0,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Images in, an answer out: does pretraining on these images help with few labels?
+
+    Trains a small network from nothing and continues a public one, both without labels; compares
+    them with simple floors on 1, 3 and 5 labelled images a class; and writes a report.
+
+    Example: `dino-adapters start --data photos --labels labels.csv --out runs/photos`
+    """
+    from dino_adapters.runtime.runfolder import RunFolder
+
+    screen.start_messages(quiet=quiet or json, folder=RunFolder(out))
+    from dino_adapters.study.start import start as whole_way
+
+    report = whole_way(
+        data,
+        labels,
+        weights,
+        out,
+        minutes=minutes,
+        seed=seed,
+        overwrite=overwrite,
+        quiet=quiet or json,
+    )
+    page = out / "report" / "index.html"
+    if json:
+        screen.as_json({"report": str(page), **screen.report_as_json(report)})
+        return
+    for table in report.tables[:1]:
+        screen.show(table)
+    screen.say(*report.summary, *report.notes, f"The report: {page}")
+
+
+def pretrain(
+    recipe: RecipeWord,
+    overrides: Overrides = None,
+    *,
+    out: Out,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint of the run in --out.")
+    ] = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a network without labels on your own images, and export its backbone.
+
+    Examples:
+    `dino-adapters pretrain pretrain/smoke.py data.source=photos --out runs/a`
+
+    `dino-adapters pretrain pretrain/smoke.py data.source=photos --out runs/a --resume`
+    """
+    from dino_adapters.contracts import RecipeError
+    from dino_adapters.recipes.pretrain import PretrainRecipe
+    from dino_adapters.recipes.read import read_recipe
+    from dino_adapters.runtime.runfolder import RunFolder
+
+    path, words = recipe_and_overrides(recipe, overrides)
+    settings = read_recipe(path, PretrainRecipe, words)
+    if resume and overwrite:
+        raise RecipeError("--resume goes on with a run and --overwrite removes it. Give one.")
+    folder = RunFolder(out)
+    screen.start_messages(quiet=quiet or json, folder=folder)
+    from dino_adapters.pretrain import pretrain as train
+
+    if overwrite:
+        folder.clear()
+    exported = train(settings, folder, resume=resume, overrides=words, quiet=quiet or json)
+    rows = folder.rows()
+    if json:
+        screen.as_json({"run": str(out), "export": str(exported), "last": rows[-1] if rows else {}})
+        return
+    screen.say(
+        f"The frozen backbone is in {exported}.",
+        f"Next: dino-adapters report {out}",
+        f"      dino-adapters embed {exported} DATA --out {out / 'features'}",
+    )
+
+
+def export(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_OR_SOURCE",
+            help="A finished run, or anything that load_backbone opens: an official .pth, a timm "
+            "name, a transformers folder.",
+        ),
+    ],
+    out: Out,
+    checkpoint: Checkpoint = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an export that stands there already.")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a backbone as safetensors with a card, and in the layouts of timm and transformers.
+
+    Example: `dino-adapters export runs/a --out backbones/photos`
+    """
+    screen.start_messages(quiet=quiet or json)
+    from dino_adapters.backbones import build_network, export_backbone
+    from dino_adapters.contracts import CheckpointError
+    from dino_adapters.runtime.console import Notices
+    from dino_adapters.runtime.runfolder import RunFolder
+
+    run = RunFolder(Path(source))
+    if run.holds_a_run:
+        if not run.export.is_dir():
+            raise CheckpointError(
+                f"The run in {source} has not ended, so it has no export yet. Continue it: "
+                f"dino-adapters pretrain {run.recipe_file} --out {source} --resume"
+            )
+        source = str(run.export)
+    notices = Notices()
+    network, info = build_network(
+        source, checkpoint=Path(checkpoint) if checkpoint else None, notices=notices
+    )
+    written = export_backbone(network, info, out, overwrite=overwrite)
+    files = sorted(p.relative_to(written).as_posix() for p in written.rglob("*") if p.is_file())
+    if json:
+        found = {"export": str(written), "name": info.name, "licence": info.licence, "files": files}
+        screen.as_json(found | {"notices": list(notices.summary())})
+        return
+    screen.say(
+        f"{info.name} is in {written}: {', '.join(files)}.",
+        f"Licence of the weights: {info.licence}.",
+        *notices.summary(),
+    )

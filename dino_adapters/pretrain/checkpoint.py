@@ -1,0 +1,89 @@
+"""Training states: saved whole or not at all, read without executing code."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dino_adapters.contracts import CheckpointError
+from dino_adapters.pretrain.learner import SelfDistillation
+from dino_adapters.runtime.files import json_digest, write_json
+
+LOGGER = logging.getLogger(__name__)
+STATE, META = "state.pt", "meta.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run has come: steps done, and seconds of training spent on them."""
+
+    step: int
+    seconds: float
+
+
+def save_checkpoint(
+    folder: Path,
+    learner: SelfDistillation,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    *,
+    recipe: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Writes `step_NNNNNNNN/` and removes all but the last `keep`.
+
+    Randomness and the order of images are functions of the step, so weights, optimiser and two
+    numbers are the whole state.
+    """
+    target = folder / f"step_{progress.step:08d}"
+    partial = folder / f".{target.name}.part"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    state = {
+        "step": progress.step,
+        "seconds": progress.seconds,
+        "student": learner.student.state_dict(),
+        "teacher": learner.teacher.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    try:
+        torch.save(state, partial / STATE)
+        write_json(partial / META, {"step": progress.step, "recipe": json_digest(recipe)})
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path.parent for path in folder.glob(f"step_*/{META}"))
+
+
+def load_checkpoint(
+    path: Path, learner: SelfDistillation, optimizer: torch.optim.Optimizer
+) -> Progress:
+    """Restores everything in place.
+
+    Raises:
+        CheckpointError: the file is damaged, or of a run with other networks.
+    """
+    try:
+        state = torch.load(path / STATE, map_location=learner.device, weights_only=True)
+        learner.student.load_state_dict(state["student"])
+        learner.teacher.load_state_dict(state["teacher"])
+        optimizer.load_state_dict(state["optimizer"])
+    except Exception as error:
+        raise CheckpointError(
+            f"The checkpoint {path} cannot be restored ({type(error).__name__}). Remove that "
+            "folder to go on from the one before it, or start anew with --overwrite."
+        ) from error
+    return Progress(int(state["step"]), float(state["seconds"]))

@@ -1,0 +1,142 @@
+"""What a run reads: bands, size and normalisation, resolved from a look at the images."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dino_adapters.contracts import (
+    RGB,
+    BackboneInfo,
+    Band,
+    DataError,
+    Sample,
+    UnreadableFileError,
+)
+from dino_adapters.data import ImageSource
+from dino_adapters.data.resize import shorter_side
+from dino_adapters.data.units import check_size, match_bands, to_model, to_range, valid_pixels
+from dino_adapters.recipes.pretrain import PretrainRecipe
+from dino_adapters.runtime.console import Notices
+
+LOGGER = logging.getLogger(__name__)
+LOOKS = 64
+MARGIN = 1.25  # images are kept this much larger than a global crop, so that crops can zoom
+
+
+class Intake:
+    """The images of a run, and how they become tensors in 0..1.
+
+    Up to 64 images, evenly spread, are read to learn the bands, a size and, for bands other than
+    red, green and blue, mean and standard deviation.
+
+    Args:
+        source: the data set.
+        recipe: the whole recipe.
+        notices: where skips and conversions are counted.
+
+    Raises:
+        DataError: no image can be read, or their bands differ.
+        UnitsError: the value range of 16-bit or float images is not given.
+    """
+
+    def __init__(self, source: ImageSource, recipe: PretrainRecipe, notices: Notices) -> None:
+        self.source, self.notices = source, notices
+        self.keys = source.keys
+        looks = self._look()
+        self.bands = common_bands(looks)
+        self.side = self._resolve_side(looks, recipe)
+        self.mean, self.std = (None, None)
+        if tuple(band.name for band in self.bands) != tuple(band.name for band in RGB):
+            self.mean, self.std = band_statistics(looks, self.bands)
+
+    def decoder(self, info: BackboneInfo) -> Callable[[str], Tensor]:
+        """A function from key to `(C, h, w)` in 0..1, the network's bands, shorter side = `side`.
+
+        8-bit images come back as uint8, to fit more of them into memory; others as float32. Pixels
+        without data hold the mean that the network's normalisation subtracts.
+        """
+        mean = torch.tensor(info.mean)[:, None, None]
+        std = torch.tensor(info.std)[:, None, None]
+
+        def decode(key: str) -> Tensor:
+            sample = self.source.read(key)
+            check_size(sample, info.patch_size)
+            # There and back: normalising is the one road from files to networks, and views are
+            # coloured before it.
+            image = (to_model(sample, info, notices=self.notices) * std + mean).clamp_(0.0, 1.0)
+            image = shorter_side(image, self.side)
+            if sample.pixels.dtype == np.uint8:
+                return (image * 255).round().to(torch.uint8)
+            return image
+
+        return decode
+
+    def _look(self) -> list[Sample]:
+        step = max(1, len(self.keys) // LOOKS)
+        looks, reason = [], ""
+        for key in self.keys[::step][:LOOKS]:
+            try:
+                looks.append(self.source.read(key))
+            except UnreadableFileError as error:
+                reason = str(error)
+        if not looks:
+            raise DataError(f"None of the first images looked at can be read ({reason}).")
+        return looks
+
+    def _resolve_side(self, looks: list[Sample], recipe: PretrainRecipe) -> int:
+        if recipe.data.image_size is not None:
+            return recipe.data.image_size
+        wanted = round(MARGIN * recipe.crops.global_size)
+        there = int(statistics.median(min(look.pixels.shape[-2:]) for look in looks))
+        side = min(wanted, there)
+        LOGGER.info(
+            "images are read at %d px: 1.25 global crops are %d px, the median image has %d px",
+            side,
+            wanted,
+            there,
+        )
+        return side
+
+
+def common_bands(looks: list[Sample]) -> tuple[Band, ...]:
+    """The bands that a network for these images reads; grey among colour counts as colour.
+
+    Raises:
+        DataError: the images have different bands.
+    """
+    kinds = {tuple(band.name for band in look.bands): look.bands for look in looks}
+    if len(kinds) > 1:
+        kinds.pop(("grey",), None)
+    if len(kinds) > 1:
+        shown = "; ".join(", ".join(names) for names in sorted(kinds))
+        raise DataError(
+            f"The images have different bands ({shown}). Train on one kind at a time, or name the "
+            "channels with data.bands."
+        )
+    return next(iter(kinds.values()))
+
+
+def band_statistics(
+    looks: list[Sample], bands: tuple[Band, ...]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of every band in 0..1, over valid pixels of the images."""
+    total = torch.zeros(len(bands), dtype=torch.float64)
+    square, count = total.clone(), 0
+    for look in looks:
+        indices = list(match_bands(look.bands, bands))
+        image = torch.from_numpy(to_range(look)).double()[indices].flatten(1)
+        valid = valid_pixels(look)
+        if valid is not None:
+            image = image[:, torch.from_numpy(valid).flatten()]
+        total += image.sum(dim=1)
+        square += image.square().sum(dim=1)
+        count += image.shape[1]
+    mean = total / max(count, 1)
+    std = (square / max(count, 1) - mean.square()).clamp(min=0).sqrt().clamp(min=1e-3)
+    return tuple(mean.tolist()), tuple(std.tolist())

@@ -1,0 +1,120 @@
+"""The training loop: read it top to bottom."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from dino_adapters.contracts import NotFiniteError
+from dino_adapters.pretrain.assemble import Run, assemble
+from dino_adapters.pretrain.checkpoint import Progress, save_checkpoint
+from dino_adapters.pretrain.learner import Losses
+from dino_adapters.pretrain.optim import clip, knobs_at, set_rates
+from dino_adapters.recipes.pretrain import PretrainRecipe
+from dino_adapters.runtime.console import duration, progress
+from dino_adapters.runtime.runfolder import RunFolder
+
+LOGGER = logging.getLogger(__name__)
+ROWS = 500  # about so many rows of metrics.jsonl, however long the run
+
+
+def pretrain(
+    recipe: PretrainRecipe,
+    folder: RunFolder,
+    *,
+    resume: bool = False,
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
+) -> Path:
+    """Trains a student against its moving average and exports the teacher's backbone.
+
+    Args:
+        recipe: everything that decides the result.
+        folder: where the run lives; new, or with `resume` one that holds a run of this recipe.
+        resume: go on from the last checkpoint.
+        overrides: the words `key=value` behind the recipe, for the record.
+        quiet: no progress display.
+
+    Returns:
+        The export folder, for `load_backbone`.
+
+    Raises:
+        RunFolderError: the folder holds a run and `resume` is off.
+        RecipeError, DataError, WeightsError: found before the first step.
+        NotFiniteError: a loss or gradient was not finite; nothing of that step was applied.
+    """
+    with folder.lock():
+        # Everything slow, and every refusal, happens in here: nothing is spent before it returns.
+        run = assemble(recipe, folder, resume=resume, overrides=overrides)
+        learner, optimizer = run.learner, run.optimizer
+        started = time.monotonic() - run.progress.seconds
+        every = max(1, recipe.steps // ROWS)
+
+        with progress("pretrain", recipe.steps - run.progress.step, quiet=quiet) as shown:
+            for step, images in run.batches():
+                knobs = knobs_at(step, recipe)
+                crops = run.crops(step, images)
+                run.seed_draws(step)
+
+                optimizer.zero_grad(set_to_none=True)
+                losses = learner.losses(crops, knobs.teacher_temperature)
+                losses.total.backward()
+                norm = clip(learner.student.values(), recipe.optim.clip)
+                refuse_not_finite(losses, norm, step)
+
+                set_rates(optimizer, knobs)
+                optimizer.step()
+                learner.update_teacher(knobs.momentum)
+
+                done = step + 1
+                seconds = time.monotonic() - started
+                if step % every == 0 or done == recipe.steps:
+                    folder.note(
+                        {"step": step, **losses.numbers(), "lr": knobs.lr}
+                        | {"momentum": knobs.momentum, "grad_norm": norm}
+                        | {"teacher_temperature": knobs.teacher_temperature}
+                        | {"images": done * recipe.optim.batch_size, "seconds": round(seconds, 2)}
+                    )
+                if done % recipe.checkpoint.every_steps == 0 and done < recipe.steps:
+                    keep_state(run, folder, Progress(done, seconds))
+                if done in run.snapshot_steps:
+                    run.export(folder.path / "snapshots" / f"step_{done:08d}", done, seconds)
+                shown.step(note=f"loss {losses.total.item():.3f}")
+
+        seconds = time.monotonic() - started
+        keep_state(run, folder, Progress(recipe.steps, seconds))
+        LOGGER.info("%d steps in %s", recipe.steps, duration(seconds))
+        for line in run.notices.summary():
+            LOGGER.info("%s", line)
+        return run.export(folder.export, recipe.steps, seconds)
+
+
+def keep_state(run: Run, folder: RunFolder, done: Progress) -> None:
+    """Saves the training state of a step."""
+    save_checkpoint(
+        folder.checkpoints,
+        run.learner,
+        run.optimizer,
+        done,
+        recipe=run.recipe.model_dump(mode="json"),
+        keep=run.recipe.checkpoint.keep,
+    )
+
+
+def refuse_not_finite(losses: Losses, norm: float, step: int) -> None:
+    """Stops before the optimiser and the moving average can spread a NaN.
+
+    Raises:
+        NotFiniteError: the loss or the gradient's norm is not finite.
+    """
+    if math.isfinite(norm) and math.isfinite(losses.total.item()):
+        return
+    terms = ", ".join(f"{name} {value:g}" for name, value in losses.numbers().items())
+    raise NotFiniteError(
+        f"Step {step} is not finite ({terms}, gradient norm {norm:g}); nothing of it was applied. "
+        "Look for NaN in the images with `dino-adapters inspect`, or lower optim.lr, then continue "
+        "with --resume."
+    )

@@ -1,0 +1,203 @@
+"""A file and `key=value` overrides to a checked recipe [mmengine]."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from dino_adapters.contracts import RecipeError
+from dino_adapters.runtime.lookup import nearest
+
+Recipe = TypeVar("Recipe", bound=BaseModel)
+
+SUFFIXES = (".py", ".yaml", ".yml", ".json")
+_WORDS = {"true": True, "false": False, "none": None, "null": None}
+_SHOWN_ERRORS = 5
+
+
+def read_recipe(path: str | Path | None, kind: type[Recipe], overrides: Sequence[str]) -> Recipe:
+    """A recipe from a file and the command line; later ones win.
+
+    Defaults of the model, then the `_base_` files, then the file, then the overrides. A `.py`
+    recipe is code and is run: open only your own or one that you have read. Names in it that start
+    with an underscore are private to it.
+
+    Args:
+        path: `.py`, `.yaml` or `.json`, or None for defaults and overrides alone.
+        kind: Model that checks it.
+        overrides: `section.key=value`; see `read_value`.
+
+    Raises:
+        RecipeError: the file is absent or broken, or a setting is unknown or wrong; the message
+            names each setting, what was found, what is allowed and the nearest known name.
+    """
+    settings = {} if path is None else _read_file(Path(path))
+    texts: dict[tuple[str, ...], str] = {}
+    for override in overrides:
+        names, text = split_override(override)
+        _put(settings, names, read_value(text), override)
+        texts[names] = text
+    where = f"The recipe {path}" if path is not None else "The recipe"
+    try:
+        return kind.model_validate(settings)
+    except ValidationError as error:
+        # `data.source=2024` reads as a number; where text is wanted, the text was meant.
+        meant = [
+            names
+            for details in error.errors()
+            if details["type"] == "string_type"
+            and (names := tuple(str(part) for part in details["loc"])) in texts
+        ]
+        if not meant:
+            raise RecipeError(_sentence(where, error, kind)) from None
+        for names in meant:
+            _put(settings, names, texts[names], "")
+    try:
+        return kind.model_validate(settings)
+    except ValidationError as error:
+        raise RecipeError(_sentence(where, error, kind)) from None
+
+
+def split_override(override: str) -> tuple[tuple[str, ...], str]:
+    """`a.b=v` as (("a", "b"), "v"), split at the first `=`.
+
+    Raises:
+        RecipeError: there is no `=`, or a name is empty.
+    """
+    left, equals, text = override.partition("=")
+    names = tuple(name.strip() for name in left.split("."))
+    if not equals or not all(names):
+        raise RecipeError(
+            f"'{override}' is no setting. Write it as name=value or section.name=value, e.g. "
+            "optim.lr=3e-4, without spaces around the equals sign."
+        )
+    return names, text
+
+
+def read_value(text: str) -> Any:
+    """A value as written on the command line.
+
+    A Python literal (`3e-4`, `[1, 2]`, `"text"`), else true, false or none, else a list of such
+    values in brackets without quotes (shells take quotes away), else the bare text.
+    """
+    text = text.strip()
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # of backslashes in Windows paths
+            return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        pass
+    inner = text[1:-1].strip()
+    if text[:1] + text[-1:] in ("[]", "()") and inner and not set(inner) & set("[](){}'\""):
+        return [read_value(part) for part in inner.rstrip(",").split(",")]
+    return text
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    if path.suffix.lower() not in SUFFIXES:
+        raise RecipeError(
+            f"The recipe {path} ends in '{path.suffix}'. Recipes are {', '.join(SUFFIXES)} files."
+        )
+    if not path.is_file():
+        raise RecipeError(f"There is no recipe {path}. {_near_files(path)}")
+    from mmengine.config import Config  # here: it takes a third of a second
+
+    try:
+        read = Config.fromfile(str(path), import_custom_modules=False, lazy_import=False)
+        settings = read._cfg_dict.to_dict()
+    except Exception as error:
+        # A .py recipe is code, so anything can be raised, and yaml and json have errors of their
+        # own; the cause is chained.
+        message = str(error).strip() or type(error).__name__
+        raise RecipeError(
+            f"The recipe {path} cannot be read ({type(error).__name__}: {message})."
+        ) from error
+    return {name: value for name, value in settings.items() if not name.startswith("_")}
+
+
+def _near_files(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"There is no folder {path.parent} either."
+    names = [file.name for file in path.parent.iterdir() if file.suffix in SUFFIXES]
+    close = difflib.get_close_matches(path.name, names, n=1)
+    if close:
+        return f"Did you mean {path.parent / close[0]}?"
+    return f"Beside it lie: {', '.join(sorted(names)[:5]) or 'no recipes'}."
+
+
+def _put(settings: dict[str, Any], names: tuple[str, ...], value: Any, override: str) -> None:
+    inside = settings
+    for depth, name in enumerate(names[:-1], start=1):
+        inside = inside.setdefault(name, {})
+        if not isinstance(inside, dict):
+            raise RecipeError(
+                f"'{override}' sets a part of {'.'.join(names[:depth])}, which is the value "
+                f"{inside!r} and has no parts."
+            )
+    inside[names[-1]] = value
+
+
+def _sentence(where: str, error: ValidationError, kind: type[BaseModel]) -> str:
+    """Everything that pydantic found, as sentences."""
+    found = [_explain(details, kind) for details in error.errors(include_url=False)]
+    more = len(found) - _SHOWN_ERRORS
+    rest = f" And {more} more." if more > 0 else ""
+    return f"{where} cannot be used. {' '.join(found[:_SHOWN_ERRORS])}{rest}"
+
+
+def _explain(details: Mapping[str, Any], kind: type[BaseModel]) -> str:
+    names = tuple(str(part) for part in details["loc"])
+    name, problem = ".".join(names), details["type"]
+    if problem == "extra_forbidden":
+        holder = _model_at(kind, names[:-1])
+        known = holder.model_fields if holder is not None else {}
+        hint = nearest(names[-1], known)
+        elsewhere = [path for path in _all_names(kind) if path[-1] == names[-1]]
+        if elsewhere and not hint.startswith("Did"):
+            hint = f"Did you mean '{'.'.join(elsewhere[0])}'?"
+        return f"There is no setting '{name}'. {hint}"
+    if problem == "missing":
+        holder = _model_at(kind, names[:-1])
+        meaning = holder.model_fields[names[-1]].description if holder is not None else None
+        about = f" ({meaning.rstrip('.')})" if meaning else ""
+        return f"'{name}' is missing{about}. Set it in the recipe, or with {name}=..."
+    message = str(details["msg"])
+    if problem == "value_error":
+        message = message.removeprefix("Value error, ")
+        return f"{name}: {message}." if name else f"{message}."
+    allowed = message[:1].lower() + message[1:]
+    return f"'{name}' is {details['input']!r}; {allowed}."
+
+
+def _model_at(kind: type[BaseModel], names: Sequence[str]) -> type[BaseModel] | None:
+    """The section at a path of names, or None."""
+    for name in names:
+        field = kind.model_fields.get(name)
+        section = _section(field.annotation) if field is not None else None
+        if section is None:
+            return None
+        kind = section
+    return kind
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    for part in (annotation, *get_args(annotation)):
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            return part
+    return None
+
+
+def _all_names(kind: type[BaseModel], before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, field in kind.model_fields.items():
+        yield (*before, name)
+        section = _section(field.annotation)
+        if section is not None:
+            yield from _all_names(section, (*before, name))

@@ -1,0 +1,1 @@
+"""Compare and show: few-shot tables, figures, one-page reports, and the first run."""

@@ -1,0 +1,165 @@
+"""What a finished run has to say: the report of a pretraining run, and of a task run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dino_adapters.contracts import DataError, Figure, Metric, Report, Table
+from dino_adapters.runtime.console import duration
+from dino_adapters.runtime.runfolder import RunFolder
+from dino_adapters.study.figures import loss_curves, shot_chart
+from dino_adapters.study.shot_table import FewShotTable
+
+EVALUATION = "evaluation.json"
+FEWSHOT = "fewshot.json"
+
+
+def run_report(folder: RunFolder) -> Report:
+    """The report of whatever run the folder holds.
+
+    Raises:
+        DataError: there is no run, it is of another kind, or it has nothing to show yet.
+        MissingLibraryError: matplotlib is absent.
+    """
+    if not folder.holds_a_run:
+        raise DataError(
+            f"{folder.path} holds no run. Give the folder that pretrain, fit or evaluate wrote to "
+            "with --out."
+        )
+    recipe = _read(folder.recipe_file)
+    if "steps" in recipe:
+        return pretrain_report(folder, recipe)
+    if "backbone" in recipe:
+        return task_report(folder, recipe)
+    raise DataError(
+        f"{folder.path} holds a run of another kind; its page, if it has one, is "
+        f"{folder.report / 'index.html'}."
+    )
+
+
+def pretrain_report(folder: RunFolder, recipe: Mapping[str, Any]) -> Report:
+    """Loss curves, and what the run was told.
+
+    Raises:
+        DataError: fewer than two rows were noted.
+    """
+    rows = folder.rows()
+    name = recipe["model"]["source"]
+    figure = loss_curves({name: rows})
+    last = rows[-1]
+    steps = int(last["step"]) + 1
+    said = (
+        f"{name} learned without labels for {steps:,} of {recipe['steps']:,} steps: "
+        f"{last['images']:,} images seen in {duration(last['seconds'])}."
+    )
+    if folder.export.is_dir():
+        after = "The frozen backbone is in the folder export; load_backbone opens it."
+    else:
+        after = "The run has not ended: continue it with --resume."
+    return Report(
+        title=f"Pretraining {name}",
+        summary=(said, after),
+        tables=(_last_numbers(last),),
+        figures=(figure,),
+        provenance=provenance(folder, recipe, "pretrain"),
+    )
+
+
+def task_report(folder: RunFolder, recipe: Mapping[str, Any]) -> Report:
+    """Test metrics with intervals, and the few-shot table where there is one.
+
+    Raises:
+        DataError: `evaluate` has not run.
+    """
+    path = folder.path / EVALUATION
+    if not path.exists():
+        raise DataError(f"{folder.path} holds no {EVALUATION}. Run `dino-adapters evaluate` first.")
+    found = _read(path)
+    metrics = tuple(Metric(**metric) for metric in found["metrics"])
+    tables: list[Table] = [metric_table(metrics)]
+    figures: list[Figure] = []
+    summary = [headline(found["backbone"]["name"], recipe["head"], metrics)]
+    if (folder.path / FEWSHOT).exists():
+        shots = FewShotTable.load(folder.path / FEWSHOT)
+        tables.append(shots.table())
+        figures.append(shot_chart(shots))
+        summary += [text for text in found.get("comparisons", ())]
+    return Report(
+        title=f"{found['backbone']['name']} on {Path(recipe['data']['source']).name}",
+        summary=tuple(summary),
+        tables=tuple(tables),
+        figures=tuple(figures),
+        notes=tuple(found.get("notes", ())),
+        provenance=provenance(folder, recipe, "evaluate")
+        | {"backbone": found["backbone"], "split": found["split"]},
+    )
+
+
+def headline(backbone: str, head: str, metrics: tuple[Metric, ...]) -> str:
+    """The balanced accuracy in a sentence."""
+    best = next(metric for metric in metrics if metric.name == "balanced_accuracy")
+    return (
+        f"{backbone} with the head '{head}' reaches {100 * best.value:.1f} % balanced accuracy on "
+        f"the {best.split} images (95 % interval {100 * best.low:.1f} to {100 * best.high:.1f}, "
+        f"over {best.count} {best.unit})."
+    )
+
+
+def metric_table(metrics: tuple[Metric, ...]) -> Table:
+    """Metrics in percent with their intervals."""
+    rows = tuple(
+        (
+            _spoken(metric.name),
+            f"{100 * metric.value:.1f}",
+            f"{100 * metric.low:.1f} to {100 * metric.high:.1f}",
+            f"{metric.count} {metric.unit}",
+        )
+        for metric in metrics
+    )
+    unit = metrics[0].unit if metrics else "images"
+    return Table(
+        f"On the {metrics[0].split if metrics else 'test'} images, in %",
+        ("", "value", "95 % interval", "from"),
+        rows,
+        f"Intervals: bootstrap over {unit}. They cover other {unit} of the same kind, and not "
+        "another training of the head.",
+    )
+
+
+def _spoken(name: str) -> str:
+    if name.startswith("recall/"):
+        return f"recall of {name.removeprefix('recall/')}"
+    return name.replace("_", " ").replace("f1", "F1")
+
+
+def provenance(folder: RunFolder, recipe: Mapping[str, Any], verb: str) -> dict[str, Any]:
+    """How to get the same again: the command, the machine, and the whole recipe."""
+    path = folder.path / "overrides.txt"
+    overrides = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    environment = folder.path / "environment.json"
+    return {
+        # The resolved recipe is a recipe file itself, so this repeats the run exactly.
+        "command": f"dino-adapters {verb} {folder.recipe_file} --out runs/again",
+        "overrides given": " ".join(overrides) or "none",
+        "environment": _read(environment) if environment.exists() else "not recorded",
+        "recipe": dict(recipe),
+    }
+
+
+def _last_numbers(row: Mapping[str, Any]) -> Table:
+    shown = {key: value for key, value in row.items() if isinstance(value, int | float)}
+    rows = tuple(
+        (key.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
+        for key, value in shown.items()
+    )
+    return Table("The last numbers noted", ("", "value"), rows)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}). Run this again.") from error

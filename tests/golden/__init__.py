@@ -1,0 +1,1 @@
+"""Comparison with numbers of the official implementation; see `test_golden.py`."""

@@ -1,0 +1,48 @@
+"""A folder of small photographs, and a recipe that trains on it in a second."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dino_adapters.recipes.pretrain import PretrainRecipe
+
+TINY = {
+    "model": {"source": "vitmicro8", "architecture": {"embed_dim": 24, "num_heads": 2, "depth": 2}},
+    "crops": {"global_size": 24, "local_size": 16, "local_count": 2},
+    "objective": {"prototypes": 16, "hidden_dim": 16, "bottleneck_dim": 8, "prototype_norm": 1.0},
+    "optim": {"batch_size": 4},
+    "steps": 6,
+    "checkpoint": {"every_steps": 2},
+    "data": {"workers": 0},
+    "device": "cpu",
+}
+
+
+def merged(base, changes):
+    out = dict(base)
+    for key, value in changes.items():
+        nested = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = merged(out[key], value) if nested else value
+    return out
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    draws = np.random.default_rng(0)
+    for index in range(10):
+        rows = draws.integers(0, 255, (4, 5, 3), dtype=np.uint8)
+        Image.fromarray(rows).resize((50, 40)).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.fixture
+def tiny(photographs):
+    """Makes a recipe; keywords change its sections."""
+
+    def make(**changes):
+        told = merged(TINY, {"data": {"source": str(photographs)}})
+        return PretrainRecipe.model_validate(merged(told, changes))
+
+    return make
