@@ -25,7 +25,7 @@ class ViTConfig:
     """SwiGLU's hidden width is rounded up to a multiple of this."""
     qkv_bias: bool = True
     mask_k_bias: bool = True
-    """The key's bias is multiplied by 0, as softmax cannot see it."""
+    """The key's bias is multiplied by 0: it stays in the file and has no effect."""
     proj_bias: bool = True
     ffn_bias: bool = True
     layerscale: float | None = 1e-5
@@ -72,4 +72,4 @@ class ConvNeXtConfig:
     in_channels: int = 3
     layerscale: float | None = 1e-6
     patch_size: int | None = None
-    """Intermediate maps are resized to this stride; None leaves them at their own (the last: 32)."""
+    """Intermediate maps are resized to this stride; None leaves them at their own."""

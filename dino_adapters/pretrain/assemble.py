@@ -96,7 +96,9 @@ class Run:
             "steps": step,
             "images_seen": step * self.recipe.optim.batch_size,
             "seconds": round(seconds, 1),
-            "recipe": self.recipe.model_dump(mode="json", exclude={"data": {"source", "labels"}}),
+            "recipe": self.recipe.model_dump(
+                mode="json", exclude={"data": {"source", "labels"}, "split": True}
+            ),
         }
         info = replace(
             self.info,
@@ -122,40 +124,18 @@ def assemble(
     device = pick_device(recipe.device)
     notices = Notices()
     intake = Intake(load_source(recipe.data, notices=notices), recipe, notices)
-    network, info = build_network(
-        recipe.model.source,
-        bands=intake.bands,
-        architecture=recipe.model.architecture or None,
-        checkpoint=Path(recipe.model.checkpoint) if recipe.model.checkpoint else None,
-        drop_path=recipe.model.drop_path,
-        mean=intake.mean,
-        std=intake.std,
-        seed=derive(recipe.seed, "network"),
-        notices=notices,
-    )
-    if recipe.model.drop_path and not isinstance(network, VisionTransformer | ConvNeXt):
-        raise RecipeError(
-            f"model.drop_path is {recipe.model.drop_path:g}, but {info.name} is not one of our "
-            "networks, whose drops can be repeated after a resume. Set it to 0."
-        )
-    # Convolutions run 1.6 times as fast in this layout (EfficientNet-Lite0, 96 px, CPU).
-    network = cast(nn.Module, network).to(memory_format=torch.channels_last)
-    check_crops(network, info, recipe)
+    network, info = make_network(recipe, intake, notices)
 
-    full = recipe.model_dump(mode="json")
+    told = recipe.model_dump(mode="json")
     if resume and folder.holds_a_run:
-        check_same_run(folder, full)
+        check_same_run(folder, told)
     else:
-        folder.begin(full, overrides)
+        folder.begin(told, overrides)
 
     bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and device.type == "cuda")
     learner = SelfDistillation(
         network, recipe.objective, seed=recipe.seed, device=device, bf16=bf16
     )
-    if recipe.objective.ibot_weight > 0 and not learner.with_ibot:
-        LOGGER.warning(
-            "%s has no mask token, so it trains with DINO and KoLeo, without iBOT.", info.name
-        )
     groups = parameter_groups(
         dict(learner.student.items()),
         layer_decay=recipe.optim.layer_decay,
@@ -166,7 +146,6 @@ def assemble(
     if resume and (saved := checkpoints(folder.checkpoints)):
         progress = load_checkpoint(saved[-1], learner, optimizer)
         folder.drop_rows_from(progress.step)
-        LOGGER.info("going on from step %d", progress.step)
     feed = Feed(
         intake.keys,
         intake.decoder(info),
@@ -179,16 +158,60 @@ def assemble(
         notices=notices,
     )
     views = MultiCrop(recipe.crops, info)
+    run = Run(recipe, learner, optimizer, feed, views, info, progress, notices)
+    announce(run)
+    return run
+
+
+def make_network(
+    recipe: PretrainRecipe, intake: Intake, notices: Notices
+) -> tuple[nn.Module, BackboneInfo]:
+    """The student's network for the bands of the images.
+
+    Raises:
+        RecipeError, WeightsError, ShapeError: it cannot be had, or does not take the crops.
+    """
+    model = recipe.model
+    network, info = build_network(
+        model.source,
+        bands=intake.bands,
+        architecture=model.architecture or None,
+        checkpoint=Path(model.checkpoint) if model.checkpoint else None,
+        drop_path=model.drop_path,
+        mean=intake.mean,
+        std=intake.std,
+        seed=derive(recipe.seed, "network"),
+        notices=notices,
+    )
+    if model.drop_path and not isinstance(network, VisionTransformer | ConvNeXt):
+        raise RecipeError(
+            f"model.drop_path is {model.drop_path:g}, but {info.name} is not one of our networks, "
+            "whose drops can be repeated after a resume. Set it to 0."
+        )
+    # Convolutions run 1.6 times as fast in this layout (EfficientNet-Lite0, 96 px, CPU).
+    module = cast(nn.Module, network).to(memory_format=torch.channels_last)
+    check_crops(module, info, recipe)
+    return module, info
+
+
+def announce(run: Run) -> None:
+    """Says what was resolved, before the first step."""
+    recipe, count = run.recipe, len(run.feed.keys)
+    if recipe.objective.ibot_weight > 0 and not run.learner.with_ibot:
+        LOGGER.warning(
+            "%s has no mask token, so it trains with DINO and KoLeo, without iBOT.", run.info.name
+        )
+    if run.progress.step:
+        LOGGER.info("going on from step %d", run.progress.step)
     LOGGER.info(
         "%d images, %s: %d steps of %d images (%.1f passes), K = %d",
-        len(intake.keys),
-        info.name,
+        count,
+        run.info.name,
         recipe.steps,
         recipe.optim.batch_size,
-        recipe.steps * recipe.optim.batch_size / len(intake.keys),
+        recipe.steps * recipe.optim.batch_size / count,
         recipe.objective.prototypes,
     )
-    return Run(recipe, learner, optimizer, feed, views, info, progress, notices)
 
 
 def check_crops(network: nn.Module, info: BackboneInfo, recipe: PretrainRecipe) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from dino_adapters.contracts import (
 )
 from dino_adapters.data import ImageSource
 from dino_adapters.data.resize import shorter_side
+from dino_adapters.data.splits import read_split
 from dino_adapters.data.units import check_size, match_bands, to_model, to_range, valid_pixels
 from dino_adapters.recipes.pretrain import PretrainRecipe
 from dino_adapters.runtime.console import Notices
@@ -48,6 +50,8 @@ class Intake:
     def __init__(self, source: ImageSource, recipe: PretrainRecipe, notices: Notices) -> None:
         self.source, self.notices = source, notices
         self.keys = source.keys
+        if recipe.split is not None:
+            self.keys = read_split(Path(recipe.split), keys=source.keys).train
         looks = self._look()
         self.bands = common_bands(looks)
         self.side = self._resolve_side(looks, recipe)

@@ -22,23 +22,24 @@ from dino_adapters.runtime.chance import generator
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """The total that is differentiated, and its unweighted terms."""
+    """The total that is differentiated, and its unweighted terms; None where a term is not used."""
 
     total: Tensor
     dino_global: Tensor
-    dino_local: Tensor
-    ibot: Tensor
+    dino_local: Tensor | None
+    ibot: Tensor | None
     koleo: Tensor
 
     def numbers(self) -> dict[str, float]:
-        """Names and values for logs."""
-        return {
-            "loss": self.total.item(),
-            "dino_global": self.dino_global.item(),
-            "dino_local": self.dino_local.item(),
-            "ibot": self.ibot.item(),
-            "koleo": self.koleo.item(),
+        """Names and values for logs, of the terms that are used."""
+        terms = {
+            "loss": self.total,
+            "dino_global": self.dino_global,
+            "dino_local": self.dino_local,
+            "ibot": self.ibot,
+            "koleo": self.koleo,
         }
+        return {name: term.item() for name, term in terms.items() if term is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ class SelfDistillation:
         """The objective of one step.
 
         `L = w_dino (s_g L_global + s_l L_local) + w_ibot L_ibot + w_koleo Σ_global KoLeo`; the
-        shares s_g and s_l count the retained pairs of crops, so that every pair weighs the same.
+        shares s_g and s_l are those of the retained pairs of crops.
 
         Args:
             crops: the views.
@@ -118,25 +119,22 @@ class SelfDistillation:
 
         temp = o.student_temperature
         dino_global = dino_loss(global_logits, targets.dino, temperature=temp, drop_diagonal=True)
-        zero = dino_global.new_zeros(())
-        dino_local = (
-            dino_loss(local_logits, targets.dino, temperature=temp) if len(local_logits) else zero
-        )
-        pairs_global, pairs_local = views * (views - 1), views * len(local_logits)
-        share = pairs_global / (pairs_global + pairs_local)
-        spread = torch.stack([koleo_loss(cls) for cls in features[0].cls.chunk(views)])
-        ibot = zero
+        pairs = [dino_global] * (views * (views - 1))
+        dino_local = ibot = None
+        if len(local_logits):
+            dino_local = dino_loss(local_logits, targets.dino, temperature=temp)
+            pairs += [dino_local] * (views * len(local_logits))
+        # Every pair of crops weighs the same, whether global or local.
+        dino = torch.stack(pairs).mean()
+        koleo = torch.stack([koleo_loss(cls) for cls in features[0].cls.chunk(views)])
+        total = o.dino_weight * dino + o.koleo_weight * koleo.sum()
         if targets.ibot is not None and crops.masks is not None:
             with self._autocast():
                 masked = self.student["ibot_head"](features[0].patches[crops.masks])
             weights = mask_weights(crops.masks)
             ibot = ibot_loss(masked, targets.ibot, weights, len(crops.masks), temperature=temp)
-        total = (
-            o.dino_weight * (share * dino_global + (1 - share) * dino_local)
-            + o.ibot_weight * ibot
-            + o.koleo_weight * spread.sum()
-        )
-        return Losses(total, dino_global, dino_local, ibot, spread.mean())
+            total = total + o.ibot_weight * ibot
+        return Losses(total, dino_global, dino_local, ibot, koleo.mean())
 
     @torch.no_grad()
     def targets(self, crops: Crops, temperature: float) -> Targets:

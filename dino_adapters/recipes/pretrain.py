@@ -165,6 +165,8 @@ class PretrainRecipe(Section):
 
     data: DataRecipe
     """The images."""
+    split: str | None = None
+    """A split (JSON or CSV) of these images: only its training part is read."""
     model: ModelRecipe = ModelRecipe()
     """The network."""
     crops: CropsRecipe = CropsRecipe()

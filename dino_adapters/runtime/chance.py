@@ -6,9 +6,12 @@ A run that resumes, or that uses another number of workers, therefore draws the 
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def derive(seed: int, purpose: str, *numbers: int) -> int:
@@ -19,6 +22,8 @@ def derive(seed: int, purpose: str, *numbers: int) -> int:
 
 def generator(seed: int, purpose: str, *numbers: int) -> torch.Generator:
     """A CPU torch generator for this seed, purpose and indices."""
+    import torch  # here: splits and draws of a data set do without it
+
     return torch.Generator().manual_seed(derive(seed, purpose, *numbers))
 
 

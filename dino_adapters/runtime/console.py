@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -20,19 +21,22 @@ class Notices:
 
     A fresh one is passed to whoever reads or converts data. `add` logs the first case of each kind
     at once, so that nothing is silent; `summary` gives the final counts for logs and reports.
+    Several threads may add at once.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     max_examples: int = 5
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def add(self, what: str, example: str = "", count: int = 1) -> None:
         """Notes `count` cases of `what`; the first one is logged."""
-        first = what not in self.counts
-        self.counts[what] += count
-        names = self.examples.setdefault(what, [])
-        if example and len(names) < self.max_examples and example not in names:
-            names.append(example)
+        with self._lock:
+            first = what not in self.counts
+            self.counts[what] += count
+            names = self.examples.setdefault(what, [])
+            if example and len(names) < self.max_examples and example not in names:
+                names.append(example)
         if first:
             LOGGER.warning("%s%s", what, f" (first: {example})" if example else "")
 

@@ -17,7 +17,6 @@ import numpy as np
 
 from dino_adapters.contracts import DataError, Figure
 from dino_adapters.runtime.lookup import need
-from dino_adapters.study.gain import as_start
 
 if TYPE_CHECKING:
     from dino_adapters.study.shot_table import FewShotTable
@@ -41,21 +40,21 @@ _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "dino-adapters",
     "font.family": "sans-serif",
-    "font.size": 10,
+    "font.size": 9,
     "text.color": _INK,
     "axes.edgecolor": _FAINT,
     "axes.labelcolor": _INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "axes.titlesize": 10,
+    "axes.titlesize": 9,
     "axes.titlelocation": "left",
     "grid.color": _FAINT,
     "grid.linewidth": 0.6,
     "xtick.color": _INK,
     "ytick.color": _INK,
     "legend.frameon": False,
-    "legend.fontsize": 9,
+    "legend.fontsize": 8.5,
 }
 _TERMS = {
     "loss": "whole loss",
@@ -127,7 +126,7 @@ def shot_chart(table: FewShotTable, *, title: str | None = None) -> Figure:
     """
     rows = table.rows
     with _style():
-        figure = _canvas(7.2, 0.62 * len(rows) + 1.3)
+        figure = _canvas(5.8, 0.55 * len(rows) + 1.1)
         panel = figure.subplots()
         spread = np.linspace(-0.22, 0.22, len(table.shots)) if len(table.shots) > 1 else [0.0]
         for index, shot in enumerate(table.shots):
@@ -152,7 +151,7 @@ def shot_chart(table: FewShotTable, *, title: str | None = None) -> Figure:
         best = max(rows, key=table.mean)
         return _finish(
             figure,
-            title or f"{as_start(best)} does best with few labels.",
+            title or f"Highest with few labels, on average: {best}.",
             f"Marker: mean of {table.draws} draws of the labelled images. Bar: 95 % interval over "
             f"the draws. {len(table.query_labels)} {table.part} images.",
         )
@@ -179,7 +178,7 @@ def accuracy_over_time(
     if not any(curves.values()):
         raise DataError("There is no accuracy to draw over time. Keep snapshots while training.")
     with _style():
-        figure = _canvas(7.2, 3.4)
+        figure = _canvas(5.8, 3.2)
         panel = figure.subplots()
         for index, (name, points) in enumerate(curves.items()):
             time, mean, low, high = np.array(points, dtype=float).reshape(-1, 4).T
@@ -234,9 +233,12 @@ def _inline(svg: str, title: str) -> str:
     mark = re.sub(r"\W+", "-", title.lower()).strip("-")[:40]
     svg = re.sub(r'\bid="', f'id="{mark}-', svg)
     svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{mark}-", svg)
-    # Without width and height the picture follows the width of the page.
+    # Without width and height the picture follows the width of the page, within what its letters
+    # bear; on a phone a wider one scrolls.
     head, rest = svg.split(">", 1)
     head = re.sub(r' (?:width|height)="[^"]*"', "", head)
+    wide = float(head.split('viewBox="')[1].split()[2])
+    head += f' style="max-width: {1.7 * wide:.0f}px; min-width: {0.8 * wide:.0f}px"'
     return f'{head} role="img" aria-label="{html.escape(title)}">{rest}'.strip()
 
 

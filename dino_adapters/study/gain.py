@@ -124,8 +124,9 @@ def gain(
 
 
 def as_start(name: str) -> str:
-    """A row's name at the start of a sentence: words get a capital, identifiers stay as they are."""
-    return name[:1].upper() + name[1:] if " " in name else name
+    """A row's name at the start of a sentence: words get a capital, identifiers do not."""
+    first = name.split()[0].rstrip(",")
+    return name[:1].upper() + name[1:] if first.isalpha() and " " in name else name
 
 
 def _and(words: list[str]) -> str:

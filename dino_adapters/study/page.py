@@ -127,4 +127,8 @@ def _plain(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _is_numeric(cell: str) -> bool:
-    return bool(re.fullmatch(r"[-+−]?[\d.,]+(?: ?[%×]| ?±.*| \(.*\)| to .*)?|–|", cell.strip()))
+    return bool(
+        re.fullmatch(
+            r"[-+−]?[\d.,]+(?:e[-+]?\d+)?(?: ?[%×]| ?±.*| \(.*\)| to .*)?|–|", cell.strip()
+        )
+    )

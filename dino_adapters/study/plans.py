@@ -6,6 +6,7 @@ prototypes of unit length (at DINOv3's own start they stay near uniform for thou
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from dino_adapters.contracts import BackboneInfo
@@ -18,11 +19,14 @@ SCRATCH_STEPS, CONTINUE_STEPS = 500, 90
 MILD: dict[str, Any] = {"blur": (0.0, 0.2, 0.1), "blur_sigma": (0.1, 1.0), "solarize": 0.1}
 
 
-def scratch_plan(data: DataRecipe, *, side: int, steps: int, seed: int) -> PretrainRecipe:
+def scratch_plan(
+    data: DataRecipe, split: Path | None, *, side: int, steps: int, seed: int
+) -> PretrainRecipe:
     """A micro ViT from random weights with DINO, iBOT and KoLeo.
 
     Args:
-        data: training images.
+        data: the images.
+        split: file whose training part is used; None takes all.
         side: usual shorter side of the images in pixels; crops are fitted to it.
         steps: length of the run.
         seed: of everything.
@@ -30,6 +34,7 @@ def scratch_plan(data: DataRecipe, *, side: int, steps: int, seed: int) -> Pretr
     return PretrainRecipe.model_validate(
         {
             "data": data.model_dump(),
+            "split": None if split is None else str(split),
             "model": {"source": SCRATCH},
             "crops": {"global_size": 48 if side < 160 else 64, "local_size": 24, **MILD},
             "objective": {"prototype_norm": 1.0},
@@ -42,12 +47,20 @@ def scratch_plan(data: DataRecipe, *, side: int, steps: int, seed: int) -> Pretr
 
 
 def continue_plan(
-    data: DataRecipe, source: str, info: BackboneInfo, *, side: int, steps: int, seed: int
+    data: DataRecipe,
+    split: Path | None,
+    source: str,
+    info: BackboneInfo,
+    *,
+    side: int,
+    steps: int,
+    seed: int,
 ) -> PretrainRecipe:
     """A trained network continued on the user's images; without iBOT if it has no mask token.
 
     Args:
-        data: training images.
+        data: the images.
+        split: file whose training part is used; None takes all.
         source: what `load_backbone` opens.
         info: its card.
         side: usual shorter side of the images in pixels.
@@ -58,6 +71,7 @@ def continue_plan(
     return PretrainRecipe.model_validate(
         {
             "data": data.model_dump(),
+            "split": None if split is None else str(split),
             "model": {"source": source},
             "crops": {
                 "global_size": global_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,14 @@ from dino_adapters.study.shot_table import FewShotTable
 
 EVALUATION = "evaluation.json"
 FEWSHOT = "fewshot.json"
+_WORDS = {
+    "lr": "learning rate",
+    "dino_global": "DINO, global crops",
+    "dino_local": "DINO, local crops",
+    "ibot": "iBOT",
+    "koleo": "KoLeo",
+    "images": "images seen",
+}
 
 
 def run_report(folder: RunFolder) -> Report:
@@ -64,6 +73,7 @@ def pretrain_report(folder: RunFolder, recipe: Mapping[str, Any]) -> Report:
         summary=(said, after),
         tables=(_last_numbers(last),),
         figures=(figure,),
+        notes=_warnings(last, recipe),
         provenance=provenance(folder, recipe, "pretrain"),
     )
 
@@ -149,10 +159,25 @@ def provenance(folder: RunFolder, recipe: Mapping[str, Any], verb: str) -> dict[
     }
 
 
+def _warnings(last: Mapping[str, Any], recipe: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the last numbers say against the run."""
+    level = math.log(recipe["objective"]["prototypes"])
+    value = last.get("dino_global")
+    if recipe["objective"]["dino_weight"] and value is not None and value > level - 0.02:
+        return (
+            f"The DINO term ended at {value:.2f}; a student that knows nothing is at log(K) = "
+            f"{level:.2f}. Train longer, or lower objective.prototypes.",
+        )
+    return ()
+
+
 def _last_numbers(row: Mapping[str, Any]) -> Table:
     shown = {key: value for key, value in row.items() if isinstance(value, int | float)}
     rows = tuple(
-        (key.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
+        (
+            _WORDS.get(key, key.replace("_", " ")),
+            f"{value:,}" if isinstance(value, int) else f"{value:.4g}",
+        )
         for key, value in shown.items()
     )
     return Table("The last numbers noted", ("", "value"), rows)

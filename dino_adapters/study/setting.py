@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import statistics
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -15,11 +14,10 @@ from dino_adapters.data.demo_tiles import make_tiles
 from dino_adapters.data.splits import Split, make_split, read_split, write_split
 from dino_adapters.recipes.data import DataRecipe
 from dino_adapters.runtime.console import Notices
-from dino_adapters.runtime.files import write_text
 
 LOGGER = logging.getLogger(__name__)
 SPLIT_FILES = ("split.json", "splits.json")
-TRAIN_LIST, SPLIT_FILE = "train_images.csv", "split.json"
+SPLIT_FILE = "split.json"
 LOOKS = 32
 LEAST_CLASSES = 2
 LEAST_PER_CLASS = 4  # fewer cannot be dealt to three parts
@@ -32,7 +30,8 @@ class Setting:
     Attributes:
         source: all images, with labels and groups where known.
         split: None without labels: then nothing can be measured and all images train.
-        training: the training images alone, as a data section of a recipe.
+        training: the images as a data section of a recipe.
+        split_file: the split on disk, by which runs keep to the training part; None without one.
         side: usual shorter side in pixels.
         words: one sentence on what it is.
     """
@@ -40,6 +39,7 @@ class Setting:
     source: ImageSource
     split: Split | None
     training: DataRecipe
+    split_file: Path | None
     side: int
     words: str
 
@@ -52,7 +52,7 @@ def gather(
     Args:
         data: the user's folder, pattern or table; None builds the example tiles.
         labels: as in `open_source`. None takes the folders' names where each class has one.
-        folder: where the list of training images and the split are written.
+        folder: where the split is written.
         seed: of the split, where none comes with the data.
         notices: where skips are counted.
 
@@ -71,7 +71,7 @@ def gather(
         words = f"Images of {where.name or where}"
     split = _split(source, folder, seed=seed, notices=notices)
     keys = source.keys if split is None else split.train
-    training = DataRecipe(source=str(_write_list(folder / TRAIN_LIST, source, keys)))
+    training = DataRecipe(source=str(where))
     classes = len(set(source.labels.values()))
     words += f": {len(keys)} for training without labels"
     if split is not None:
@@ -79,7 +79,8 @@ def gather(
             f", {len(split.val)} to choose settings on, {len(split.test)} to test on, "
             f"{classes} classes; {split.rule}"
         )
-    return Setting(source, split, training, usual_side(source, keys), f"{words}.")
+    written = None if split is None else folder / SPLIT_FILE
+    return Setting(source, split, training, written, usual_side(source, keys), f"{words}.")
 
 
 def usual_side(source: ImageSource, keys: tuple[str, ...]) -> int:
@@ -125,12 +126,3 @@ def _split(source: ImageSource, folder: Path, *, seed: int, notices: Notices) ->
             split = replace(split, train=split.train + rest, digest="")
     write_split(folder / SPLIT_FILE, split)
     return split
-
-
-def _write_list(path: Path, source: ImageSource, keys: tuple[str, ...]) -> Path:
-    """Pretraining sees a list of the training images, and so can never touch a test image."""
-    base = os.path.relpath(source.root.resolve(), path.parent.resolve())
-    lines = [Path(base, key).as_posix() for key in keys]
-    quoted = [f'"{line.replace(chr(34), chr(34) * 2)}"' for line in lines]
-    write_text(path, "\n".join(["path", *quoted]) + "\n")
-    return path

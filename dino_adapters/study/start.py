@@ -120,7 +120,9 @@ def start(
         setting = gather(data, labels, out, seed=seed, notices=notices)
         LOGGER.info("%s", setting.words)
         trained = train_both(setting, told["weights"], folder, names, minutes, seed, quiet=quiet)
-        networks = dict(trained.before) | {name: trained.after(name) for name in trained.runs}
+        networks = {}  # each network beside what became of it
+        for before, after in zip(trained.before, trained.runs, strict=True):
+            networks |= {before: trained.before[before], after: trained.after(after)}
         page = start_page.Page(setting, names, trained.runs, told, notices, networks)
         if setting.split is not None:
             page = measure(page, trained, setting, names, out, seed, tuple(shots), quiet=quiet)
@@ -176,9 +178,11 @@ def train_both(
         names.frozen: load_backbone(weights, device=device),
     }
     side = setting.side
-    scratch = scratch_plan(setting.training, side=side, steps=SCRATCH_STEPS, seed=seed)
+    images, split = setting.training, setting.split_file
+    scratch = scratch_plan(images, split, side=side, steps=SCRATCH_STEPS, seed=seed)
     continued = continue_plan(
-        setting.training,
+        images,
+        split,
         weights,
         before[names.frozen].info,
         side=side,

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger(__name__)
 PICTURES, QUERIES, FOUND = 6, 4, 5
+LOOKS = 300  # images looked at to choose the pictures
 PICTURE_SIDE = 224  # maps are drawn from images of about this many pixels
 Curve = Sequence[tuple[float, float, float, float]]
 
@@ -177,20 +178,24 @@ class Page:
         return to_square(to_model(sample, info), side).to(backbone.device)
 
     def _examples(self) -> list[Sample]:
-        """One image of each of the first classes; test images where there is a split."""
-        source = self.setting.source
-        split = self.setting.split
+        """The image with most contrast of each class, of the classes that have most of it.
+
+        Flat images make flat maps; test images are taken where there is a split.
+        """
+        source, split = self.setting.source, self.setting.split
         keys = source.keys if split is None else split.test
-        chosen: dict[str, Sample] = {}
-        for key in keys:
-            name = source.labels.get(key, key)
-            if name in chosen or len(chosen) == PICTURES:
-                continue
+        best: dict[str, tuple[float, Sample]] = {}
+        for key in keys[:: max(1, len(keys) // LOOKS)]:
             try:
-                chosen[name] = source.read(key)
+                sample = source.read(key)
             except UnreadableFileError:
                 continue  # counted and named when it was embedded
-        return list(chosen.values())
+            contrast = float(picture(sample).std())
+            name = source.labels.get(key, key)
+            if name not in best or contrast > best[name][0]:
+                best[name] = (contrast, sample)
+        found = sorted(best.values(), key=lambda pair: -pair[0])
+        return [sample for _, sample in found[:PICTURES]]
 
     def _neighbours(self, bench: Bench) -> Figure:
         """Nearest images of a few test images, before and after, in the same pool."""

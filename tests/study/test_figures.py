@@ -94,7 +94,7 @@ def test_titles_say_what_was_found(table):
     two = loss_curves({"a": rows(), "b": rows()[::-1]}).title
     assert "a: the loss fell" in two
     assert "b: the loss rose" in two
-    assert shot_chart(table).title == "good does best with few labels."
+    assert shot_chart(table).title == "Highest with few labels, on average: good."
 
 
 def test_missing_numbers_leave_a_gap_and_not_a_crash():

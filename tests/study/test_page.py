@@ -141,6 +141,7 @@ def test_a_missing_library_names_the_command(monkeypatch):
     [
         ("67.7 ± 2.1", True),
         ("-4.1", True),
+        ("1e-06", True),
         ("1,260", True),
         ("12 %", True),
         ("3.0 to 5.2", True),
