@@ -13,7 +13,10 @@ crops = dict(
     global_size=160,
     local_size=96,
     local_count=2,
-    local_scale=(0.1, 0.4),
+    local_scale=(0.2, 0.6),
+    # Colour tells many classes apart; strong jitter unlearns it.
+    jitter=0.4,
+    grayscale=0.0,
     blur=(0.0, 0.2, 0.1),
     blur_sigma=(0.1, 1.0),
     solarize=0.1,

@@ -115,8 +115,8 @@ class LayerScale(nn.Module):
 class KeyMaskedLinear(nn.Linear):
     """The fused q, k, v map, with its bias multiplied by a mask that is 0 for k.
 
-    Softmax cannot see a bias of the keys. The mask is a buffer of the state dict because released
-    files differ in it: several hold only zeros, which switches the biases of q and v off too.
+    The mask is a buffer of the state dict because released files differ in it: several hold only
+    zeros, which switches the biases of q and v off too.
     """
 
     bias_mask: Tensor

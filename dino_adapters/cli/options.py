@@ -61,6 +61,10 @@ ValueRange = Annotated[
         show_default=False,
     ),
 ]
+Shots = Annotated[
+    str,
+    typer.Option(help="Labelled images of a class, e.g. 1,5,10.", metavar="NUMBERS"),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", metavar="NAME")]
 Checkpoint = Annotated[
     str | None,
@@ -105,3 +109,18 @@ def low_and_high(text: str | None) -> tuple[float, float] | None:
             "1, the smaller first, e.g. --value-range 0,65535."
         )
     return low, high
+
+
+def shot_counts(text: str) -> tuple[int, ...]:
+    """`1,5,10` -> (1, 5, 10).
+
+    Raises:
+        RecipeError: something there is no number of 1 or more.
+    """
+    try:
+        counts = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        counts = (0,)
+    if counts[0] < 1:
+        raise RecipeError(f"--shots is '{text}'. Give numbers of 1 or more, e.g. --shots 1,5,10.")
+    return counts

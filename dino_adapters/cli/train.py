@@ -9,6 +9,7 @@ import typer
 
 from dino_adapters.cli import screen
 from dino_adapters.cli.options import (
+    Bands,
     Checkpoint,
     Json,
     Labels,
@@ -17,7 +18,12 @@ from dino_adapters.cli.options import (
     Overwrite,
     Quiet,
     RecipeWord,
+    Shots,
+    ValueRange,
+    band_names,
+    low_and_high,
     recipe_and_overrides,
+    shot_counts,
 )
 
 
@@ -49,6 +55,9 @@ def start(
             help="Time to train, both runs together; default: a few.", show_default=False, min=0.01
         ),
     ] = None,
+    shots: Shots = "1,3,5",
+    bands: Bands = None,
+    value_range: ValueRange = None,
     seed: Annotated[int, typer.Option(help="Same seed, same result.", min=0)] = 0,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -57,7 +66,7 @@ def start(
     """Images in, an answer out: does pretraining on these images help with few labels?
 
     Trains a small network from nothing and continues a public one, both without labels; compares
-    them with simple floors on 1, 3 and 5 labelled images a class; and writes a report.
+    them with simple floors on a few labelled images a class; and writes a report.
 
     Example: `dino-adapters start --data photos --labels labels.csv --out runs/photos`
     """
@@ -75,6 +84,9 @@ def start(
         seed=seed,
         overwrite=overwrite,
         quiet=quiet or json,
+        shots=shot_counts(shots),
+        bands=band_names(bands),
+        value_range=low_and_high(value_range),
     )
     page = out / "report" / "index.html"
     if json:

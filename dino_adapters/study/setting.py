@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import statistics
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dino_adapters.contracts import UnreadableFileError
+from dino_adapters.contracts import Band, DataError, Sample, UnreadableFileError
 from dino_adapters.data import ImageSource, open_source
 from dino_adapters.data.demo_tiles import make_tiles
 from dino_adapters.data.splits import Split, make_split, read_split, write_split
+from dino_adapters.pretrain.intake import common_bands
 from dino_adapters.recipes.data import DataRecipe
 from dino_adapters.runtime.console import Notices
 
@@ -33,6 +35,7 @@ class Setting:
         training: the images as a data section of a recipe.
         split_file: the split on disk, by which runs keep to the training part; None without one.
         side: usual shorter side in pixels.
+        bands: what the images hold; grey among colour counts as colour.
         words: one sentence on what it is.
     """
 
@@ -41,11 +44,19 @@ class Setting:
     training: DataRecipe
     split_file: Path | None
     side: int
+    bands: tuple[Band, ...]
     words: str
 
 
 def gather(
-    data: Path | None, labels: str | Path | None, folder: Path, *, seed: int, notices: Notices
+    data: Path | None,
+    labels: str | Path | None,
+    folder: Path,
+    *,
+    bands: Sequence[str] | None,
+    value_range: tuple[float, float] | None,
+    seed: int,
+    notices: Notices,
 ) -> Setting:
     """Finds or makes the images, and a split in which training and test share no place.
 
@@ -53,6 +64,8 @@ def gather(
         data: the user's folder, pattern or table; None builds the example tiles.
         labels: as in `open_source`. None takes the folders' names where each class has one.
         folder: where the split is written.
+        bands: names of the files' channels; needed for anything but grey or RGB.
+        value_range: file values that mean 0 and 1; needed for 16-bit and float images.
         seed: of the split, where none comes with the data.
         notices: where skips are counted.
 
@@ -65,13 +78,18 @@ def gather(
         words = "Tiles of photographs that come with scikit-image and scikit-learn"
     else:
         where = data
-        source = open_source(where, labels=labels, notices=notices)
-        if not source.labels:
-            source = _with_folder_names(source, where, notices)
+        given = {"bands": bands, "value_range": value_range, "notices": notices}
+        source = open_source(where, labels=labels, **given)
+        if not source.labels and _folders_are_classes(source):
+            source = open_source(where, labels="folder", **given)
         words = f"Images of {where.name or where}"
     split = _split(source, folder, seed=seed, notices=notices)
     keys = source.keys if split is None else split.train
-    training = DataRecipe(source=str(where))
+    training = DataRecipe(
+        source=str(where), bands=None if bands is None else tuple(bands), value_range=value_range
+    )
+    looks = _look(source, keys)
+    side = int(statistics.median(min(look.pixels.shape[-2:]) for look in looks))
     classes = len(set(source.labels.values()))
     words += f": {len(keys)} for training without labels"
     if split is not None:
@@ -80,31 +98,37 @@ def gather(
             f"{classes} classes; {split.rule}"
         )
     written = None if split is None else folder / SPLIT_FILE
-    return Setting(source, split, training, written, usual_side(source, keys), f"{words}.")
+    return Setting(source, split, training, written, side, common_bands(looks), f"{words}.")
 
 
-def usual_side(source: ImageSource, keys: tuple[str, ...]) -> int:
-    """Median of the shorter sides of up to 32 images, in pixels."""
-    sides = []
+def _look(source: ImageSource, keys: tuple[str, ...]) -> list[Sample]:
+    """Up to 32 images, evenly spread.
+
+    Raises:
+        DataError: none of them can be read.
+    """
+    looks, reason = [], ""
     for key in keys[:: max(1, len(keys) // LOOKS)][:LOOKS]:
         try:
-            sides.append(min(source.read(key).pixels.shape[-2:]))
-        except UnreadableFileError:
-            continue  # counted and named where it is read for good
-    return int(statistics.median(sides)) if sides else 224
+            looks.append(source.read(key))
+        except UnreadableFileError as error:
+            reason = str(error)  # counted and named where it is read for good
+    if not looks:
+        raise DataError(f"None of the images looked at can be read (last: {reason}).")
+    return looks
 
 
-def _with_folder_names(source: ImageSource, where: Path, notices: Notices) -> ImageSource:
+def _folders_are_classes(source: ImageSource) -> bool:
+    """Whether every image lies in one of several folders of some images each; says so."""
     parents = Counter(str(Path(key).parent) for key in source.keys)
-    enough = [name for name, count in parents.items() if count >= LEAST_PER_CLASS]
-    if "." in parents or len(enough) < LEAST_CLASSES or len(enough) < len(parents):
+    if "." in parents or len(parents) < LEAST_CLASSES or min(parents.values()) < LEAST_PER_CLASS:
         LOGGER.warning(
             "There are no labels, so nothing can be measured. Give --labels a CSV with the columns "
             "path and label; some images of each class are enough."
         )
-        return source
+        return False
     LOGGER.info("The names of the %d folders are taken for classes.", len(parents))
-    return open_source(where, labels="folder", notices=notices)
+    return True
 
 
 def _split(source: ImageSource, folder: Path, *, seed: int, notices: Notices) -> Split | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from dino_adapters.backbones import FrozenBackbone, load_backbone
-from dino_adapters.contracts import Report, RunFolderError
+from dino_adapters.contracts import RGB, Band, Report, RunFolderError
 from dino_adapters.features.baselines import image_statistics, raw_pixels
 from dino_adapters.pretrain import pretrain
 from dino_adapters.recipes.pretrain import PretrainRecipe
@@ -79,6 +79,8 @@ def start(
     overwrite: bool = False,
     quiet: bool = False,
     shots: Sequence[int] = (1, 3, 5),
+    bands: Sequence[str] | None = None,
+    value_range: tuple[float, float] | None = None,
 ) -> Report:
     """Trains without labels on images, and says with few labels whether that helped.
 
@@ -96,6 +98,8 @@ def start(
         overwrite: replace a finished run in `out`.
         quiet: no progress display.
         shots: labelled images of a class.
+        bands: names of the files' channels; needed for anything but grey or RGB.
+        value_range: file values that mean 0 and 1; needed for 16-bit and float images.
 
     Returns:
         What stands in `out/report/index.html`.
@@ -113,11 +117,21 @@ def start(
         "minutes": minutes,
         "seed": seed,
         "shots": list(shots),
+        "bands": None if bands is None else list(bands),
+        "value_range": None if value_range is None else list(value_range),
     }
     with claim(folder, told, overwrite=overwrite):
         names = Names() if weights is None else named_after(weights)
         notices = Notices()
-        setting = gather(data, labels, out, seed=seed, notices=notices)
+        setting = gather(
+            data,
+            labels,
+            out,
+            bands=bands,
+            value_range=value_range,
+            seed=seed,
+            notices=notices,
+        )
         LOGGER.info("%s", setting.words)
         trained = train_both(setting, told["weights"], folder, names, minutes, seed, quiet=quiet)
         networks = {}  # each network beside what became of it
@@ -174,8 +188,10 @@ def train_both(
     device = str(pick_device())
     start_seed = derive(seed, "network")
     before = {
-        names.untrained: load_backbone(SCRATCH, seed=start_seed, device=device),
-        names.frozen: load_backbone(weights, device=device),
+        names.untrained: load_backbone(
+            SCRATCH, bands=setting.bands, seed=start_seed, device=device
+        ),
+        names.frozen: load_backbone(weights, bands=bands_of_frozen(setting), device=device),
     }
     side = setting.side
     images, split = setting.training, setting.split_file
@@ -200,6 +216,16 @@ def train_both(
             pretrain(plan, run, resume=True, quiet=quiet)
         runs[getattr(names, name)] = run
     return Trained(before, runs, device)
+
+
+def bands_of_frozen(setting: Setting) -> tuple[Band, ...] | None:
+    """The bands a frozen network reads: its own where the images have them (None), else all.
+
+    Spread filters that were never trained cost accuracy, so they are the last resort.
+    """
+    there = {band.name for band in setting.bands}
+    is_photo = there == {"grey"} or {band.name for band in RGB} <= there
+    return None if is_photo else setting.bands
 
 
 def fit_to_time(plan: PretrainRecipe, run: RunFolder, seconds: float) -> PretrainRecipe:

@@ -245,5 +245,7 @@ def command(told: Mapping[str, Any]) -> str:
         if told[name] is not None:
             words.append(f"--{name} {told[name]}")
     words.append(f"--weights {told['weights']} --seed {told['seed']}")
-    words.append("--shots " + ",".join(str(shot) for shot in told["shots"]))
+    for name in ("shots", "bands", "value_range"):
+        if told[name] is not None:
+            words.append(f"--{name.replace('_', '-')} " + ",".join(str(v) for v in told[name]))
     return " ".join(words)

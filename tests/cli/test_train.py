@@ -98,7 +98,8 @@ def test_start_hands_its_words_on(run, monkeypatch, tmp_path):
     stand_in.start = start  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "dino_adapters.study.start", stand_in)
     result = run("start", "--data", tmp_path, "--labels", "folder", "--minutes", "2",
-                 "--seed", "3", "--out", tmp_path / "o", "--overwrite", "-q")  # fmt: skip
+                 "--seed", "3", "--out", tmp_path / "o", "--overwrite", "-q",
+                 "--shots", "10,1", "--bands", "nir,red", "--value-range", "0,4000")  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "It helped." in result.stdout
     assert asked == {
@@ -110,4 +111,8 @@ def test_start_hands_its_words_on(run, monkeypatch, tmp_path):
         "seed": 3,
         "overwrite": True,
         "quiet": True,
+        "shots": (1, 10),
+        "bands": ("nir", "red"),
+        "value_range": (0.0, 4000.0),
     }
+    assert run("start", "--shots", "few").exit_code == 2

@@ -58,7 +58,7 @@ def test_a_folder_in_a_verdict_and_a_page_out(tmp_path, quick):
     assert recipe["split"] == str(out / "split.json")
     train = json.loads((out / "split.json").read_text())["splits"]["train"]
     card = json.loads((out / "scratch" / "export" / "card.json").read_text())
-    assert card["training"]["images"] == len(train) < 27
+    assert card["info"]["training"]["images"] == len(train) < 27
     with pytest.raises(RunFolderError, match="already holds a run"):
         start(tmp_path / "images", None, NETWORK, out, quiet=True)
     again = start(tmp_path / "images", None, NETWORK, out, quiet=True, overwrite=True)
