@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -88,7 +89,7 @@ class RunFolder:
         """Removes a run that stands here; refuses folders that hold none.
 
         Raises:
-            RunFolderError: there are files here but no run.
+            RunFolderError: there are files here but no run, or a run is under way.
         """
         if not self.path.exists():
             return
@@ -99,9 +100,8 @@ class RunFolder:
                     "another folder with --out."
                 )
             return
-        import shutil
-
-        shutil.rmtree(self.path)
+        with self.lock():  # a run that is under way keeps its folder
+            shutil.rmtree(self.path)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

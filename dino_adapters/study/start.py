@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from dino_adapters.backbones import FrozenBackbone, load_backbone
 from dino_adapters.contracts import RGB, Band, Report, RunFolderError
+from dino_adapters.data.splits import Split
 from dino_adapters.features.baselines import image_statistics, raw_pixels
 from dino_adapters.pretrain import pretrain
 from dino_adapters.recipes.pretrain import PretrainRecipe
@@ -146,26 +148,28 @@ def start(
         return report
 
 
-def claim(folder: RunFolder, told: dict[str, object], *, overwrite: bool):  # noqa: ANN201
-    """Takes the folder: a new one, or one where the same job was interrupted.
+@contextlib.contextmanager
+def claim(folder: RunFolder, told: dict[str, object], *, overwrite: bool) -> Iterator[None]:
+    """Holds the folder: a new one, or one where the same job was interrupted.
 
     Raises:
-        RunFolderError: it holds something else.
+        RunFolderError: it holds something else, or another process writes there.
     """
     if overwrite:
         folder.clear()
-    if folder.holds_a_run:
-        before = json.loads(folder.recipe_file.read_text(encoding="utf-8"))
-        if (folder.report / "index.html").exists() or before != told:
-            raise RunFolderError(
-                f"{folder.path} already holds a run"
-                f"{'' if before == told else ' with other settings'}. Name another folder with "
-                "--out, or replace it with --overwrite."
-            )
-        LOGGER.info("going on with the run in %s", folder.path)
-    else:
-        folder.begin(told)
-    return folder.lock()
+    with folder.lock():
+        if folder.holds_a_run:
+            before = json.loads(folder.recipe_file.read_text(encoding="utf-8"))
+            if (folder.report / "index.html").exists() or before != told:
+                raise RunFolderError(
+                    f"{folder.path} already holds a run"
+                    f"{'' if before == told else ' with other settings'}. Name another folder with "
+                    "--out, or replace it with --overwrite."
+                )
+            LOGGER.info("going on with the run in %s", folder.path)
+        else:
+            folder.begin(told)
+        yield
 
 
 def named_after(weights: str) -> Names:
@@ -286,15 +290,13 @@ def measure(
     return page.with_results(table, gains, readings, curves, bench)
 
 
-def keep_readable(split, readable: set[str]):  # noqa: ANN001, ANN201
-    """The split without images that could not be read."""
-    from dataclasses import replace
-
-    parts = {
-        part: tuple(key for key in getattr(split, part) if key in readable)
-        for part in ("train", "val", "test")
-    }
-    return replace(split, **parts, digest="")
+def keep_readable(split: Split, readable: set[str]) -> Split:
+    """The split without images that could not be read; those were counted and named."""
+    train, val, test = (
+        tuple(key for key in part if key in readable)
+        for part in (split.train, split.val, split.test)
+    )
+    return replace(split, train=train, val=val, test=test, digest="")
 
 
 def few_shots(
