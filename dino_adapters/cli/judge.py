@@ -40,12 +40,10 @@ def fit(
 
     settings, words = _task_recipe(recipe, overrides)
     folder = RunFolder(out)
-    screen.start_messages(quiet=quiet or json, folder=folder)
+    screen.start_messages(quiet=quiet or json, folder=folder, afresh=overwrite)
     from dino_adapters.study.task import fit_task
 
-    if overwrite:
-        folder.clear()
-    fitted = fit_task(settings, folder, overrides=words, quiet=quiet or json)
+    fitted = fit_task(settings, folder, overwrite=overwrite, overrides=words, quiet=quiet or json)
     if json:
         screen.as_json({"run": str(out), **fitted.facts})
         return
@@ -107,12 +105,12 @@ def evaluate(
     else:
         settings, words = _task_recipe(recipe, overrides)
     folder = RunFolder(out)
-    screen.start_messages(quiet=quiet or json, folder=folder)
+    screen.start_messages(quiet=quiet or json, folder=folder, afresh=overwrite)
     from dino_adapters.study.task import evaluate_task
 
-    if overwrite:
-        folder.clear()
-    done = evaluate_task(settings, folder, overrides=words, quiet=quiet or json)
+    done = evaluate_task(
+        settings, folder, overwrite=overwrite, overrides=words, quiet=quiet or json
+    )
     if json:
         found = {"run": str(out), "metrics": [asdict(metric) for metric in done.metrics]}
         shots = None if done.shots is None else done.shots.summary_json()

@@ -44,11 +44,12 @@ class RunLogHandler(logging.Handler):
     Until then they wait: a folder with a stray log.txt would be refused as a new run's folder.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, *, afresh: bool = False) -> None:
         super().__init__()
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self._folder = folder
         self._waiting: list[str] = []
+        self._replaced = self._run() if afresh else None
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes the message, or keeps it."""
@@ -60,10 +61,18 @@ class RunLogHandler(logging.Handler):
 
     def flush(self) -> None:
         """Writes what waits, where the folder is ready."""
-        if self._waiting and self._folder.holds_a_run:
+        if self._waiting and self._run() not in (None, self._replaced):
             with (self._folder.path / "log.txt").open("a", encoding="utf-8") as opened:
                 opened.writelines(f"{line}\n" for line in self._waiting)
             self._waiting.clear()
+
+    def _run(self) -> tuple[int, int] | None:
+        """Tells one run in the folder from the next; None without a run."""
+        try:
+            facts = self._folder.recipe_file.stat()
+        except OSError:
+            return None
+        return facts.st_ino, facts.st_mtime_ns
 
     def close(self) -> None:
         """Flushes first: the folder may have become ready after the last message."""
@@ -71,12 +80,15 @@ class RunLogHandler(logging.Handler):
         super().close()
 
 
-def start_messages(*, quiet: bool = False, folder: RunFolder | None = None) -> None:
+def start_messages(
+    *, quiet: bool = False, folder: RunFolder | None = None, afresh: bool = False
+) -> None:
     """Sends the library's messages to stderr, and to the run's log where there is one.
 
     Args:
         quiet: Only warnings and errors on stderr; the run's log gets everything.
         folder: The run that is about to begin or go on.
+        afresh: A run that stands there now is to be replaced: its log is left alone.
     """
     for handler in list(LOGGER.handlers):
         LOGGER.removeHandler(handler)
@@ -86,7 +98,7 @@ def start_messages(*, quiet: bool = False, folder: RunFolder | None = None) -> N
     shown.setLevel(logging.WARNING if quiet else logging.INFO)
     LOGGER.addHandler(shown)
     if folder is not None:
-        LOGGER.addHandler(RunLogHandler(folder))
+        LOGGER.addHandler(RunLogHandler(folder, afresh=afresh))
 
 
 def stop_messages() -> None:

@@ -36,26 +36,41 @@ SHARD_BYTES = 128 * 2**20
 """A shard is closed at whichever comes first: what a killed run loses, and what memory holds."""
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Vectors of one batch."""
+
+    digests: dict[str, str]
+    cls: np.ndarray
+    mean: np.ndarray
+    patches: np.ndarray | None
+
+
 @dataclass
 class _Shard:
-    """Rows computed and not yet written."""
+    """Batches computed and not yet written."""
 
-    digests: dict[str, str] = field(default_factory=dict)
-    cls: list[np.ndarray] = field(default_factory=list)
-    mean: list[np.ndarray] = field(default_factory=list)
-    patches: list[np.ndarray] = field(default_factory=list)
+    batches: list[_Rows] = field(default_factory=list)
 
     def is_full(self) -> bool:
-        return len(self.digests) >= SHARD_ROWS or sum(a.nbytes for a in self.patches) >= SHARD_BYTES
+        rows = sum(len(batch.digests) for batch in self.batches)
+        size = sum(batch.patches.nbytes for batch in self.batches if batch.patches is not None)
+        return rows >= SHARD_ROWS or size >= SHARD_BYTES
 
     def flush(self, store: FeatureStore) -> None:
-        if self.digests:
-            patches = np.concatenate(self.patches) if self.patches else None
-            store.append(
-                dict(self.digests), np.concatenate(self.cls), np.concatenate(self.mean), patches
-            )
-            for part in (self.digests, self.cls, self.mean, self.patches):
-                part.clear()
+        if not self.batches:
+            return
+        digests: dict[str, str] = {}
+        for batch in self.batches:
+            digests |= batch.digests
+        patches = [batch.patches for batch in self.batches if batch.patches is not None]
+        store.append(
+            digests,
+            np.concatenate([batch.cls for batch in self.batches]),
+            np.concatenate([batch.mean for batch in self.batches]),
+            np.concatenate(patches) if patches else None,
+        )
+        self.batches.clear()
 
 
 def embed(
@@ -139,11 +154,13 @@ def _compute(
     with torch.inference_mode():
         features = backbone(images)
         tokens = features.patches.float()
-        shard.cls.append(features.cls.float().cpu().numpy())
-        shard.mean.append(tokens.mean(dim=1).cpu().numpy())
-        if patches:
-            shard.patches.append(tokens.half().cpu().numpy())
-    shard.digests.update({name: digests[name] for name in names})
+        rows = _Rows(
+            {name: digests[name] for name in names},
+            features.cls.float().cpu().numpy(),
+            tokens.mean(dim=1).cpu().numpy(),
+            tokens.half().cpu().numpy() if patches else None,
+        )
+    shard.batches.append(rows)  # one step: an interruption finds all of a batch, or nothing of it
 
 
 @dataclass

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +20,17 @@ from dino_adapters.backbones import (
     export_backbone,
 )
 from dino_adapters.backbones.draws import RandomDraws
-from dino_adapters.contracts import BackboneInfo, CheckpointError, RecipeError
+from dino_adapters.contracts import BackboneInfo, RecipeError
 from dino_adapters.data import load_source
 from dino_adapters.pretrain.augment import Crops, MultiCrop
-from dino_adapters.pretrain.checkpoint import Progress, checkpoints, load_checkpoint
+from dino_adapters.pretrain.checkpoint import Progress, checkpoints, fed, load_checkpoint
 from dino_adapters.pretrain.feed import Feed
 from dino_adapters.pretrain.intake import Intake
 from dino_adapters.pretrain.learner import SelfDistillation
 from dino_adapters.pretrain.masks import block_masks
 from dino_adapters.pretrain.optim import parameter_groups
-from dino_adapters.recipes.pretrain import PretrainRecipe
+from dino_adapters.pretrain.resume import check_same_inputs, check_same_run, describe_inputs
+from dino_adapters.recipes.pretrain import ModelRecipe, PretrainRecipe
 from dino_adapters.runtime.chance import derive, generator
 from dino_adapters.runtime.console import Notices
 from dino_adapters.runtime.runfolder import RunFolder
@@ -51,6 +51,7 @@ class Run:
     info: BackboneInfo
     progress: Progress
     notices: Notices
+    inputs: dict[str, Any]
 
     def batches(self) -> Iterator[tuple[int, Tensor]]:
         """The steps still to do, each with its images `(B, C, S, S)` in 0..1."""
@@ -110,26 +111,38 @@ class Run:
 
 
 def assemble(
-    recipe: PretrainRecipe, folder: RunFolder, *, resume: bool, overrides: Sequence[str] = ()
+    recipe: PretrainRecipe,
+    folder: RunFolder,
+    *,
+    resume: bool,
+    overwrite: bool = False,
+    overrides: Sequence[str] = (),
+    notices: Notices | None = None,
 ) -> Run:
     """Builds data, network, heads and optimiser, and restores the last checkpoint if asked to.
 
     Raises:
         RecipeError, DataError, WeightsError, ShapeError: something does not fit.
-        RunFolderError: the folder holds a run and `resume` is off.
-        CheckpointError: the run in the folder was told something else.
+        RunFolderError: the folder holds a run, and neither `resume` nor `overwrite` is on.
+        CheckpointError: the run in the folder was told, or fed, something else.
     """
-    for module in recipe.imports:
-        importlib.import_module(module)
+    import_modules(recipe.imports)
     device = pick_device(recipe.device)
-    notices = Notices()
+    notices = Notices() if notices is None else notices
     intake = Intake(load_source(recipe.data, notices=notices), recipe, notices)
     network, info = make_network(recipe, intake, notices)
 
+    inputs = describe_inputs(intake, info)
+
     told = recipe.model_dump(mode="json")
-    if resume and folder.holds_a_run:
+    going_on = resume and folder.holds_a_run
+    if resume and not going_on:
+        LOGGER.warning("%s holds no run to resume: starting with the first step.", folder.path)
+    if going_on:
         check_same_run(folder, told)
     else:
+        if overwrite:
+            folder.empty()  # only now: everything that could be refused was accepted
         folder.begin(told, overrides)
 
     bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and device.type == "cuda")
@@ -143,8 +156,10 @@ def assemble(
     )
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=recipe.optim.betas)
     progress = Progress(0, 0.0)
-    if resume and (saved := checkpoints(folder.checkpoints)):
-        progress = load_checkpoint(saved[-1], learner, optimizer)
+    if going_on:
+        if saved := checkpoints(folder.checkpoints):
+            check_same_inputs(saved[-1], fed(saved[-1]), inputs)
+            progress = load_checkpoint(saved[-1], learner, optimizer)
         folder.drop_rows_from(progress.step)
     feed = Feed(
         intake.keys,
@@ -158,7 +173,7 @@ def assemble(
         notices=notices,
     )
     views = MultiCrop(recipe.crops, info)
-    run = Run(recipe, learner, optimizer, feed, views, info, progress, notices)
+    run = Run(recipe, learner, optimizer, feed, views, info, progress, notices, inputs)
     announce(run)
     return run
 
@@ -183,15 +198,42 @@ def make_network(
         seed=derive(recipe.seed, "network"),
         notices=notices,
     )
-    if model.drop_path and not isinstance(network, VisionTransformer | ConvNeXt):
-        raise RecipeError(
-            f"model.drop_path is {model.drop_path:g}, but {info.name} is not one of our networks, "
-            "whose drops can be repeated after a resume. Set it to 0."
-        )
-    # Convolutions run 1.6 times as fast in this layout (EfficientNet-Lite0, 96 px, CPU).
-    module = cast(nn.Module, network).to(memory_format=torch.channels_last)
-    check_crops(module, info, recipe)
-    return module, info
+    if not isinstance(network, VisionTransformer | ConvNeXt):
+        refuse_drops(model, info.name)
+    check_crops(network, info, recipe)
+    return network, info
+
+
+def refuse_drops(model: ModelRecipe, name: str) -> None:
+    """Networks of timm draw from the global generator, so their drops could not be repeated.
+
+    Raises:
+        RecipeError: drop path or dropout is on.
+    """
+    asked = {"model.drop_path": model.drop_path}
+    asked |= {f"model.architecture.{k}": v for k, v in model.architecture.items() if "drop" in k}
+    for key, value in asked.items():
+        if value:
+            raise RecipeError(
+                f"{key} is {value}, but {name} is not one of our networks, whose drops can be "
+                "repeated after a resume. Set it to 0."
+            )
+
+
+def import_modules(names: Sequence[str]) -> None:
+    """Imports modules of the user, so that their networks and readers are registered.
+
+    Raises:
+        RecipeError: there is no such module.
+    """
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise RecipeError(
+                f"The recipe imports '{name}', and there is no module '{error.name}'. Install it, "
+                "or set PYTHONPATH to its folder."
+            ) from error
 
 
 def announce(run: Run) -> None:
@@ -202,7 +244,7 @@ def announce(run: Run) -> None:
             "%s has no mask token, so it trains with DINO and KoLeo, without iBOT.", run.info.name
         )
     if run.progress.step:
-        LOGGER.info("going on from step %d", run.progress.step)
+        LOGGER.info("going on from step %d of %d", run.progress.step, recipe.steps)
     LOGGER.info(
         "%d images, %s: %d steps of %d images (%.1f passes), K = %d",
         count,
@@ -228,36 +270,3 @@ def check_crops(network: nn.Module, info: BackboneInfo, recipe: PretrainRecipe) 
         for size in sorted(sizes):
             network(torch.zeros(1, len(info.bands), size, size))
     network.train()
-
-
-def check_same_run(folder: RunFolder, recipe: dict[str, Any]) -> None:
-    """Refuses to continue a run under another recipe.
-
-    Raises:
-        CheckpointError: with the settings that differ.
-    """
-    before = flatten(json.loads(folder.recipe_file.read_text(encoding="utf-8")))
-    now = flatten(recipe)
-    # Where and by how many threads images are read does not decide the result.
-    free = {"data.workers", "data.memory_gb", "device", "checkpoint.every_steps", "checkpoint.keep"}
-    changed = [
-        f"{key}: {before.get(key)} -> {now.get(key)}"
-        for key in sorted(before.keys() | now.keys())
-        if key not in free and before.get(key) != now.get(key)
-    ]
-    if changed:
-        raise CheckpointError(
-            f"{folder.path} holds a run with other settings ({'; '.join(changed[:6])}"
-            f"{'; …' if len(changed) > 6 else ''}). Use the same recipe to continue it, or name "
-            "another folder with --out."
-        )
-
-
-def flatten(value: Any, path: str = "") -> dict[str, Any]:
-    """Nested settings as `a.b.c` -> value."""
-    if not isinstance(value, dict):
-        return {path: value}
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= flatten(item, f"{path}.{key}" if path else key)
-    return flat

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 
 from dino_adapters.contracts import CheckpointError
 from dino_adapters.pretrain.learner import SelfDistillation
-from dino_adapters.runtime.files import json_digest, write_json
+from dino_adapters.runtime.files import write_json
 
 LOGGER = logging.getLogger(__name__)
 STATE, META = "state.pt", "meta.json"
@@ -32,13 +33,13 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     *,
-    recipe: dict[str, Any],
+    inputs: dict[str, Any],
     keep: int,
 ) -> Path:
     """Writes `step_NNNNNNNN/` and removes all but the last `keep`.
 
     Randomness and the order of images are functions of the step, so weights, optimiser and two
-    numbers are the whole state.
+    numbers are the whole state. `inputs` tells what the run was fed (`resume.describe_inputs`).
     """
     target = folder / f"step_{progress.step:08d}"
     partial = folder / f".{target.name}.part"
@@ -53,7 +54,7 @@ def save_checkpoint(
     }
     try:
         torch.save(state, partial / STATE)
-        write_json(partial / META, {"step": progress.step, "recipe": json_digest(recipe)})
+        write_json(partial / META, {"step": progress.step, "inputs": inputs})
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     finally:
@@ -66,6 +67,11 @@ def save_checkpoint(
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     return sorted(path.parent for path in folder.glob(f"step_*/{META}"))
+
+
+def fed(path: Path) -> dict[str, Any]:
+    """What the run of a checkpoint was fed."""
+    return json.loads((path / META).read_text(encoding="utf-8")).get("inputs", {})
 
 
 def load_checkpoint(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,6 @@ from dino_adapters.contracts import (
     BackboneInfo,
     Band,
     DataError,
-    Sample,
     UnreadableFileError,
 )
 from dino_adapters.data import ImageSource
@@ -52,12 +52,12 @@ class Intake:
         self.keys = source.keys
         if recipe.split is not None:
             self.keys = read_split(Path(recipe.split), keys=source.keys).train
-        looks = self._look()
-        self.bands = common_bands(looks)
+        looks = look_at(source, self.keys)
+        self.bands = common_bands([look.bands for look in looks])
         self.side = self._resolve_side(looks, recipe)
         self.mean, self.std = (None, None)
         if tuple(band.name for band in self.bands) != tuple(band.name for band in RGB):
-            self.mean, self.std = band_statistics(looks, self.bands)
+            self.mean, self.std = band_statistics(source, [k.key for k in looks], self.bands)
 
     def decoder(self, info: BackboneInfo) -> Callable[[str], Tensor]:
         """A function from key to `(C, h, w)` in 0..1, the network's bands, shorter side = `side`.
@@ -81,23 +81,11 @@ class Intake:
 
         return decode
 
-    def _look(self) -> list[Sample]:
-        step = max(1, len(self.keys) // LOOKS)
-        looks, reason = [], ""
-        for key in self.keys[::step][:LOOKS]:
-            try:
-                looks.append(self.source.read(key))
-            except UnreadableFileError as error:
-                reason = str(error)
-        if not looks:
-            raise DataError(f"None of the first images looked at can be read ({reason}).")
-        return looks
-
-    def _resolve_side(self, looks: list[Sample], recipe: PretrainRecipe) -> int:
+    def _resolve_side(self, looks: list[Look], recipe: PretrainRecipe) -> int:
         if recipe.data.image_size is not None:
             return recipe.data.image_size
         wanted = round(MARGIN * recipe.crops.global_size)
-        there = int(statistics.median(min(look.pixels.shape[-2:]) for look in looks))
+        there = int(statistics.median(look.side for look in looks))
         side = min(wanted, there)
         LOGGER.info(
             "images are read at %d px: 1.25 global crops are %d px, the median image has %d px",
@@ -108,34 +96,64 @@ class Intake:
         return side
 
 
-def common_bands(looks: list[Sample]) -> tuple[Band, ...]:
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What is kept of an image that was looked at."""
+
+    key: str
+    bands: tuple[Band, ...]
+    side: int
+
+
+def look_at(source: ImageSource, keys: Sequence[str], count: int = LOOKS) -> list[Look]:
+    """Reads up to `count` images, evenly spread; their pixels are not kept.
+
+    Raises:
+        DataError: none of them can be read.
+    """
+    looks, reason = [], ""
+    for key in keys[:: max(1, len(keys) // count)][:count]:
+        try:
+            sample = source.read(key)
+        except UnreadableFileError as error:
+            reason = str(error)  # counted and named where it is read for good
+            continue
+        to_range(sample)  # an unknown range of values is refused here, before anything is spent
+        looks.append(Look(key, sample.bands, min(sample.pixels.shape[-2:])))
+    if not looks:
+        raise DataError(f"None of the images looked at can be read (last: {reason}).")
+    return looks
+
+
+def common_bands(kinds: Sequence[tuple[Band, ...]]) -> tuple[Band, ...]:
     """The bands that a network for these images reads; grey among colour counts as colour.
 
     Raises:
         DataError: the images have different bands.
     """
-    kinds = {tuple(band.name for band in look.bands): look.bands for look in looks}
-    if len(kinds) > 1:
-        kinds.pop(("grey",), None)
-    if len(kinds) > 1:
-        shown = "; ".join(", ".join(names) for names in sorted(kinds))
+    found = {tuple(band.name for band in bands): bands for bands in kinds}
+    if len(found) > 1:
+        found.pop(("grey",), None)
+    if len(found) > 1:
+        shown = "; ".join(", ".join(names) for names in sorted(found))
         raise DataError(
             f"The images have different bands ({shown}). Train on one kind at a time, or name the "
             "channels with data.bands."
         )
-    return next(iter(kinds.values()))
+    return next(iter(found.values()))
 
 
 def band_statistics(
-    looks: list[Sample], bands: tuple[Band, ...]
+    source: ImageSource, keys: Sequence[str], bands: tuple[Band, ...]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of every band in 0..1, over valid pixels of the images."""
+    """Mean and standard deviation of every band in 0..1, over valid pixels of these images."""
     total = torch.zeros(len(bands), dtype=torch.float64)
     square, count = total.clone(), 0
-    for look in looks:
-        indices = list(match_bands(look.bands, bands))
-        image = torch.from_numpy(to_range(look)).double()[indices].flatten(1)
-        valid = valid_pixels(look)
+    for key in keys:
+        sample = source.read(key)
+        indices = list(match_bands(sample.bands, bands))
+        image = torch.from_numpy(to_range(sample)).double()[indices].flatten(1)
+        valid = valid_pixels(sample)
         if valid is not None:
             image = image[:, torch.from_numpy(valid).flatten()]
         total += image.sum(dim=1)

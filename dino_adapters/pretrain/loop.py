@@ -14,7 +14,7 @@ from dino_adapters.pretrain.checkpoint import Progress, save_checkpoint
 from dino_adapters.pretrain.learner import Losses
 from dino_adapters.pretrain.optim import clip, knobs_at, set_rates
 from dino_adapters.recipes.pretrain import PretrainRecipe
-from dino_adapters.runtime.console import duration, progress
+from dino_adapters.runtime.console import Notices, duration, progress
 from dino_adapters.runtime.runfolder import RunFolder
 
 LOGGER = logging.getLogger(__name__)
@@ -26,8 +26,10 @@ def pretrain(
     folder: RunFolder,
     *,
     resume: bool = False,
+    overwrite: bool = False,
     overrides: Sequence[str] = (),
     quiet: bool = False,
+    notices: Notices | None = None,
 ) -> Path:
     """Trains a student against its moving average and exports the teacher's backbone.
 
@@ -35,8 +37,10 @@ def pretrain(
         recipe: everything that decides the result.
         folder: where the run lives; new, or with `resume` one that holds a run of this recipe.
         resume: go on from the last checkpoint.
+        overwrite: replace a run that stands in the folder, once nothing is left to refuse.
         overrides: the words `key=value` behind the recipe, for the record.
         quiet: no progress display.
+        notices: collects what was skipped, converted or assumed.
 
     Returns:
         The export folder, for `load_backbone`.
@@ -48,7 +52,14 @@ def pretrain(
     """
     with folder.lock():
         # Everything slow, and every refusal, happens in here: nothing is spent before it returns.
-        run = assemble(recipe, folder, resume=resume, overrides=overrides)
+        run = assemble(
+            recipe,
+            folder,
+            resume=resume,
+            overwrite=overwrite,
+            overrides=overrides,
+            notices=notices,
+        )
         learner, optimizer = run.learner, run.optimizer
         started = time.monotonic() - run.progress.seconds
         every = max(1, recipe.steps // ROWS)
@@ -78,10 +89,11 @@ def pretrain(
                         | {"teacher_temperature": knobs.teacher_temperature}
                         | {"images": done * recipe.optim.batch_size, "seconds": round(seconds, 2)}
                     )
-                if done % recipe.checkpoint.every_steps == 0 and done < recipe.steps:
-                    keep_state(run, folder, Progress(done, seconds))
+                # The snapshot first: a run that is killed between the two makes it again.
                 if done in run.snapshot_steps:
                     run.export(folder.path / "snapshots" / f"step_{done:08d}", done, seconds)
+                if done % recipe.checkpoint.every_steps == 0 and done < recipe.steps:
+                    keep_state(run, folder, Progress(done, seconds))
                 shown.step(note=f"loss {losses.total.item():.3f}")
 
         seconds = time.monotonic() - started
@@ -99,7 +111,7 @@ def keep_state(run: Run, folder: RunFolder, done: Progress) -> None:
         run.learner,
         run.optimizer,
         done,
-        recipe=run.recipe.model_dump(mode="json"),
+        inputs=run.inputs,
         keep=run.recipe.checkpoint.keep,
     )
 
@@ -115,6 +127,6 @@ def refuse_not_finite(losses: Losses, norm: float, step: int) -> None:
     terms = ", ".join(f"{name} {value:g}" for name, value in losses.numbers().items())
     raise NotFiniteError(
         f"Step {step} is not finite ({terms}, gradient norm {norm:g}); nothing of it was applied. "
-        "Look for NaN in the images with `dino-adapters inspect`, or lower optim.lr, then continue "
-        "with --resume."
+        "Look for NaN in the images with `dino-adapters inspect`; if there is none, start anew "
+        "with a lower optim.lr in another --out."
     )

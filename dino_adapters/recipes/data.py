@@ -7,7 +7,13 @@ from typing import Self
 from pydantic import BaseModel, Field, model_validator
 
 
-class DataRecipe(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+class DataRecipe(
+    BaseModel,
+    frozen=True,
+    extra="forbid",
+    use_attribute_docstrings=True,
+    allow_inf_nan=False,
+):
     """A set of images."""
 
     source: str

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dino_adapters.recipes.data import DataRecipe
 
-Fraction = float
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NotNegative = Annotated[float, Field(ge=0.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
     """Base of all sections."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+def _check_ascends(name: str, pair: tuple[float, float]) -> None:
+    if pair[0] > pair[1]:
+        raise ValueError(f"{name} is {pair}. Give the smaller number first")
 
 
 class ModelRecipe(Section):
@@ -23,7 +33,8 @@ class ModelRecipe(Section):
     source: str = "vitmicro8"
     """A catalogue name (random start), or anything that `load_backbone` opens (its weights)."""
     architecture: dict[str, Any] = Field(default_factory=dict)
-    """Changes to the named architecture, e.g. `{depth: 6}`; only with a catalogue name."""
+    """Changes to the named architecture, e.g. `model.architecture.depth=6`; only with a
+    catalogue name."""
     checkpoint: str | None = None
     """Weights file for a timm name, where they are not its own download."""
     drop_path: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -49,16 +60,16 @@ class CropsRecipe(Section):
     """Mirror left and right with probability 0.5."""
     vertical_flip: bool = False
     """Mirror top and bottom with probability 0.5: right for images that have no up."""
-    jitter: Fraction = Field(default=0.8, ge=0.0, le=1.0)
+    jitter: Fraction = 0.8
     """Probability of brightness 0.4, contrast 0.4, saturation 0.2 and hue 0.1 jitter."""
-    grayscale: Fraction = Field(default=0.2, ge=0.0, le=1.0)
+    grayscale: Fraction = 0.2
     """Probability of dropping colour; RGB only."""
     blur: tuple[Fraction, Fraction, Fraction] = (0.0, 0.9, 0.5)
     """Probability of a Gaussian blur in the first global, other global and local crops. The
     default is what the released DINOv2 and DINOv3 were really trained with."""
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_sigma: tuple[Positive, Positive] = (0.1, 2.0)
     """Range of the blur's standard deviation in pixels of the crop."""
-    solarize: Fraction = Field(default=0.2, ge=0.0, le=1.0)
+    solarize: Fraction = 0.2
     """Probability of inverting bright pixels, in global crops after the first; RGB only."""
 
     @model_validator(mode="after")
@@ -75,16 +86,22 @@ class CropsRecipe(Section):
                     f"{name} is ({low}, {high}). Give two shares of the image's area with "
                     "0 < low <= high <= 1"
                 )
+        _check_ascends("blur_sigma", self.blur_sigma)
         return self
 
 
 class MasksRecipe(Section):
     """Which patches of global crops are hidden from the student (iBOT)."""
 
-    probability: Fraction = Field(default=0.5, ge=0.0, le=1.0)
+    probability: Fraction = 0.5
     """Share of global crops that are masked."""
     ratio: tuple[Fraction, Fraction] = (0.1, 0.5)
     """Masked share of the patches of such a crop, spread evenly over the masked crops."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_ascends("ratio", self.ratio)
+        return self
 
 
 class ObjectiveRecipe(Section):
@@ -109,7 +126,7 @@ class ObjectiveRecipe(Section):
     for long runs; 1, as in DINO and DINOv2, sharpens the targets from the first step."""
     student_temperature: float = Field(default=0.1, gt=0.0)
     """Divides the student's logits."""
-    teacher_temperature: tuple[float, float] = (0.04, 0.07)
+    teacher_temperature: tuple[Positive, Positive] = (0.04, 0.07)
     """Divides the teacher's logits: at the start, and after its warm-up."""
     sinkhorn_rounds: int = Field(default=3, ge=1)
     """Rounds of Sinkhorn-Knopp that balance the teacher's targets."""
@@ -124,9 +141,9 @@ class OptimRecipe(Section):
     """Peak learning rate, used as it is: no hidden scaling with the batch size."""
     lr_end: float = Field(default=1e-6, ge=0.0)
     """Learning rate at the last step."""
-    weight_decay: tuple[float, float] = (0.04, 0.4)
+    weight_decay: tuple[NotNegative, NotNegative] = (0.04, 0.4)
     """At the first and the last step; half a cosine between."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW's averages of the gradient and its square."""
     clip: float | None = Field(default=3.0, gt=0.0)
     """Largest gradient norm of the backbone and of each head, each by itself."""
@@ -139,13 +156,13 @@ class OptimRecipe(Section):
 class ScheduleRecipe(Section):
     """When things change, as fractions of the run."""
 
-    warmup: Fraction = Field(default=0.1, ge=0.0, le=1.0)
+    warmup: Fraction = 0.1
     """Linear rise of the learning rate; half a cosine follows."""
-    freeze_last_layer: Fraction = Field(default=0.01, ge=0.0, le=1.0)
+    freeze_last_layer: Fraction = 0.01
     """The prototypes stay as they start for so long."""
-    temperature_warmup: Fraction = Field(default=0.3, ge=0.0, le=1.0)
+    temperature_warmup: Fraction = 0.3
     """Linear rise of the teacher's temperature."""
-    momentum: tuple[float, float] = (0.992, 1.0)
+    momentum: tuple[Fraction, Fraction] = (0.992, 1.0)
     """Of the teacher's moving average, at the first and the last step; half a cosine between."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,8 @@ def read_recipe(path: str | Path | None, kind: type[Recipe], overrides: Sequence
 
     Defaults of the model, then the `_base_` files, then the file, then the overrides. A `.py`
     recipe is code and is run: open only your own or one that you have read. Names in it that start
-    with an underscore are private to it.
+    with an underscore are private to it. YAML and JSON recipes are values alone: tags, `{{...}}`
+    and `_base_` files that are code are refused, and nothing in them runs.
 
     Args:
         path: `.py`, `.yaml` or `.json`, or None for defaults and overrides alone.
@@ -108,10 +110,15 @@ def _read_file(path: Path) -> dict[str, Any]:
         )
     if not path.is_file():
         raise RecipeError(f"There is no recipe {path}. {_near_files(path)}")
+    whole = Path(os.path.abspath(path))
+    _check_plain(whole, code=whole.suffix.lower() == ".py")
     from mmengine.config import Config  # here: it takes a third of a second
 
     try:
-        read = Config.fromfile(str(path), import_custom_modules=False, lazy_import=False)
+        # Absolute, so that nothing between the check and here reads the path in another way.
+        read = Config.fromfile(
+            os.path.abspath(path), import_custom_modules=False, lazy_import=False
+        )
         settings = read._cfg_dict.to_dict()
     except Exception as error:
         # A .py recipe is code, so anything can be raised, and yaml and json have errors of their
@@ -121,6 +128,82 @@ def _read_file(path: Path) -> dict[str, Any]:
             f"The recipe {path} cannot be read ({type(error).__name__}: {message})."
         ) from error
     return {name: value for name, value in settings.items() if not name.startswith("_")}
+
+
+def _check_plain(path: Path, *, code: bool, above: tuple[Path, ...] = ()) -> None:
+    """Refuses what would run code in YAML and JSON files: this one, and its `_base_` files.
+
+    mmengine reads YAML with a loader that obeys `!!python/object/apply`.
+
+    Args:
+        path: Absolute.
+        code: Whether the recipe itself is a .py file, which may name other code.
+        above: Files that led here.
+
+    Raises:
+        RecipeError: a tag, text that mmengine would replace, code among the bases, or a circle.
+    """
+    if path in above:
+        raise RecipeError(f"The recipe {path} has itself among its _base_ files. Take it out.")
+    if not path.is_file():
+        return  # mmengine says what is wrong with a base that is absent
+    for base in _bases(path):
+        if not code and ("::" in base or base.lower().endswith(".py")):
+            raise RecipeError(
+                f"The recipe {path} names '{base}' in _base_, which is code, and YAML and JSON "
+                "recipes hold values alone. Name .yaml or .json files, or make the recipe a .py "
+                "file."
+            )
+        below = Path(os.path.abspath(os.path.join(path.parent, base)))  # as mmengine joins them
+        _check_plain(below, code=code, above=(*above, path))
+
+
+def _bases(path: Path) -> list[str]:
+    """What a recipe file names in `_base_`, as written there; refuses YAML with tags."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix.lower() == ".py":
+            found = _assigned_bases(text)
+        elif "{{" in text:
+            raise RecipeError(
+                f"The recipe {path} holds '{{{{', which mmengine replaces before the file is "
+                "checked. YAML and JSON recipes hold values alone: write the value, or make the "
+                "recipe a .py file."
+            )
+        else:
+            settings = _plain_yaml(path, text)  # JSON is YAML, but for rarities that hold no tags
+            found = settings.get("_base_") if isinstance(settings, dict) else None
+    except (OSError, ValueError, SyntaxError, RecursionError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(f"The recipe {path} cannot be read ({error}).") from error
+    return [base for base in (found if isinstance(found, list) else [found]) if type(base) is str]
+
+
+def _plain_yaml(path: Path, text: str) -> Any:
+    import yaml  # comes with mmengine
+
+    try:
+        # The parser that mmengine uses, with the constructors of safe_load.
+        return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.constructor.ConstructorError as error:
+        raise RecipeError(
+            f"The recipe {path} holds more than plain values ({error.problem}). Write numbers, "
+            "texts, lists and sections, without tags such as !!python."
+        ) from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"The recipe {path} cannot be read ({error}).") from error
+
+
+def _assigned_bases(code: str) -> Any:
+    """The value of `_base_` in a .py recipe; None where it is not written out."""
+    for line in ast.parse(code).body:
+        if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "_base_":
+            try:
+                return ast.literal_eval(line.value)
+            except ValueError:
+                return None  # code, which is trusted
+    return None
 
 
 def _near_files(path: Path) -> str:

@@ -12,7 +12,9 @@ from dino_adapters.recipes.data import DataRecipe
 class TaskRecipe(BaseModel):
     """One labelled task; `fit` and `evaluate` read it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     data: DataRecipe
     """The images and their labels."""
@@ -30,7 +32,7 @@ class TaskRecipe(BaseModel):
     head: str = "linear"
     """knn, ncm, linear, or a head of your own."""
     head_options: dict[str, Any] = Field(default_factory=dict)
-    """Keywords of the head, e.g. `{k: 20}`."""
+    """Keywords of the head, e.g. `head_options.k=20`."""
     shots: tuple[int, ...] = (1, 3, 5)
     """Images per class for few-shot results; empty to leave them out."""
     draws: int = Field(default=10, ge=1)

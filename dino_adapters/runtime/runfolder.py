@@ -23,6 +23,7 @@ from typing import Any
 from dino_adapters.contracts import RunFolderError
 from dino_adapters.runtime.files import write_json, write_text
 
+LOCK = ".lock"
 PACKAGES = ("dino-adapters", "torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn")
 
 
@@ -62,16 +63,25 @@ class RunFolder:
         """Whether a run was started here."""
         return self.recipe_file.exists()
 
-    def begin(self, recipe: dict[str, Any], overrides: Sequence[str] = ()) -> None:
+    def begin(
+        self, recipe: dict[str, Any], overrides: Sequence[str] = (), *, resumable: bool = True
+    ) -> None:
         """Creates the folder and writes what the run was told.
 
+        Args:
+            recipe: The resolved recipe.
+            overrides: `key=value` words of the command line.
+            resumable: Whether the command has --resume, which the refusal then offers.
+
         Raises:
-            RunFolderError: the folder holds a run already, or files that are not ours.
+            RunFolderError: the folder holds a run already, or files that are not ours, or it
+                cannot be written.
         """
         if self.holds_a_run:
+            offer = "Continue it with --resume, name" if resumable else "Name"
             raise RunFolderError(
-                f"{self.path} already holds a run. Continue it with --resume, name another folder "
-                "with --out, or replace it with --overwrite."
+                f"{self.path} already holds a run. {offer} another folder with --out, or replace "
+                "it with --overwrite."
             )
         strangers = sorted(p.name for p in self.path.glob("*") if not p.name.startswith("."))
         if self.path.exists() and (not self.path.is_dir() or strangers):
@@ -80,38 +90,40 @@ class RunFolder:
                 f"{self.path} exists and holds other files{shown}. Name an empty or a new folder "
                 "with --out."
             )
-        self.path.mkdir(parents=True, exist_ok=True)
+        self._make()
         write_json(self.path / "environment.json", environment())
         write_text(self.path / "overrides.txt", "".join(f"{word}\n" for word in overrides))
         write_json(self.recipe_file, recipe)  # last: its presence says that the folder is complete
 
-    def clear(self) -> None:
-        """Removes a run that stands here; refuses folders that hold none.
+    def empty(self) -> None:
+        """Removes the run that stands here, for the one who holds the lock.
 
-        Raises:
-            RunFolderError: there are files here but no run, or a run is under way.
+        A folder without a run is left as it is: `begin` refuses files that are not ours.
         """
-        if not self.path.exists():
-            return
         if not self.holds_a_run:
-            if any(self.path.iterdir()):
-                raise RunFolderError(
-                    f"{self.path} holds files but no run, so --overwrite leaves it alone. Name "
-                    "another folder with --out."
-                )
             return
-        with self.lock():  # a run that is under way keeps its folder
-            shutil.rmtree(self.path)
+        self.recipe_file.unlink()  # first: what is left of a half-removed run is no run
+        for entry in self.path.iterdir():
+            if entry.name == LOCK:
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Holds the folder for one writer; the lock goes with the process.
 
         Raises:
-            RunFolderError: another process writes here.
+            RunFolderError: another process writes here, or the folder cannot be written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("a") as handle:
+        self._make()
+        try:
+            opened = (self.path / LOCK).open("a")
+        except OSError as error:
+            raise self._unwritable(error) from error
+        with opened as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -120,6 +132,22 @@ class RunFolder:
                     "folder with --out."
                 ) from error
             yield
+
+    def _make(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise RunFolderError(
+                f"{self.path} is a file, and a run needs a folder. Name another one with --out."
+            ) from error
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> RunFolderError:
+        return RunFolderError(
+            f"The folder {self.path} cannot be written ({error.strerror or error}). Name another "
+            "one with --out, or change its permissions."
+        )
 
     def note(self, row: dict[str, Any]) -> None:
         """Appends one row to metrics.jsonl; non-finite numbers are written as null."""

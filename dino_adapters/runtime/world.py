@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from dino_adapters.contracts import RecipeError
 
+KNOWN = re.compile(r"cpu|mps|cuda(?::(\d{1,3}))?", re.ASCII)
+
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU; any torch device name is taken as it is.
+    """`auto` is CUDA where there is one, else the CPU; else the device as named.
+
+    Other devices of torch (`meta`, `xla`, ...) are refused: nothing here was tried on them.
+
+    Args:
+        name: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
 
     Raises:
-        RecipeError: the name is no device, or CUDA is asked for and absent.
+        RecipeError: the name is none of these, or the device is absent.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise RecipeError(f"'{name}' is no device. Use auto, cpu, cuda or cuda:N.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RecipeError(f"'{name}' was asked for, but torch finds no GPU. Use auto or cpu.")
-    return device
+    known = KNOWN.fullmatch(name)
+    if known is None:
+        raise RecipeError(f"'{name}' is no device. Use auto, cpu, cuda, cuda:N or mps.")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise RecipeError("'mps' was asked for, but torch finds no Apple GPU. Use auto or cpu.")
+    if name.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise RecipeError(f"'{name}' was asked for, but torch finds no GPU. Use auto or cpu.")
+        count = torch.cuda.device_count()
+        if int(known[1] or 0) >= count:
+            raise RecipeError(
+                f"'{name}' was asked for, but the last GPU is cuda:{count - 1}. Use that or a "
+                "lower number."
+            )
+    return torch.device(name)

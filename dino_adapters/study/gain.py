@@ -40,13 +40,19 @@ class Gain:
 
     @property
     def helps(self) -> bool:
-        """Whether the pooled interval is wholly above zero."""
-        return self.draws > 1 and self.pooled[1] > 0
+        """Whether both intervals are wholly above zero: on these test images, and beyond them."""
+        return self._settled and min(self.pooled[1], self.items[1] if self.items else 0.0) > 0
 
     @property
     def hurts(self) -> bool:
-        """Whether the pooled interval is wholly below zero."""
-        return self.draws > 1 and self.pooled[2] < 0
+        """Whether both intervals are wholly below zero."""
+        return self._settled and max(self.pooled[2], self.items[2] if self.items else 0.0) < 0
+
+    @property
+    def _settled(self) -> bool:
+        # Without resampled test images an interval shrinks with the number of draws alone; and
+        # equal draws (every class gave all it had) give one of no width at all.
+        return self.draws > 1 and self.items is not None
 
     def sentence(self) -> str:
         """What was found, in words a reader can quote."""
@@ -60,6 +66,11 @@ class Gain:
                 "draw gives no interval."
             )
         span = f"95 % interval {low:+.1f} to {high:+.1f}; {averaged}, {self.draws} paired draws"
+        if self.items is None:
+            return (
+                f"{subject} is {mean:+.1f} points from {self.baseline} on these test images "
+                f"({span}); they are of fewer than {LEAST_GROUPS} groups, too few to say more."
+            )
         if self.helps:
             said = f"{subject} beats {self.baseline} by {mean:.1f} points ({span})."
         elif self.hurts:
@@ -68,10 +79,8 @@ class Gain:
             said = (
                 f"{subject} and {self.baseline} cannot be told apart: {mean:+.1f} points ({span})."
             )
-        if self.items is not None:
-            _, low, high = (100 * value for value in self.items)
-            said += f" Over other test images as well, the interval is {low:+.1f} to {high:+.1f}."
-        return said
+        _, low, high = (100 * value for value in self.items)
+        return f"{said} Over other test images as well, the interval is {low:+.1f} to {high:+.1f}."
 
     def as_json(self) -> dict[str, Any]:
         """JSON-safe."""

@@ -76,8 +76,16 @@ class Task:
         return dict(zip(keys, rows, strict=True))
 
 
-def open_task(recipe: TaskRecipe, folder: RunFolder, *, quiet: bool = False) -> Task:
+def open_task(
+    recipe: TaskRecipe, folder: RunFolder, *, afresh: bool = False, quiet: bool = False
+) -> Task:
     """Finds images, labels, split and backbone; refuses what cannot work before any work.
+
+    Args:
+        recipe: What to open.
+        folder: Where the run lives, or will.
+        afresh: Leave the split of a run that stands in the folder alone: it is to be replaced.
+        quiet: No progress display later on.
 
     Raises:
         DataError, SplitLeakError, WeightsError, RecipeError: something does not fit.
@@ -91,7 +99,7 @@ def open_task(recipe: TaskRecipe, folder: RunFolder, *, quiet: bool = False) -> 
             "and label, or to 'folder' where each class has its own folder."
         )
     written = folder.path / SPLIT
-    if written.exists():
+    if written.exists() and not afresh:
         split = read_split(written, keys=source.keys)
     elif recipe.split == "auto":
         labelled = [key for key in source.keys if key in source.labels]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -108,16 +108,17 @@ def read_at_best_size(
         bench: data and split; the test part plays no role in the choice.
         sizes: sides in pixels, multiples of the network's patch.
     """
-    choosing = (*bench.split.train, *bench.split.val)
-    tried = {
-        size: pooled(backbone, bench.embed(backbone, size, choosing), choosing) for size in sizes
-    }
+    asked = (*bench.split.train, *bench.split.val)
+    stores = {size: bench.embed(backbone, size, asked) for size in sizes}
+    # Damaged files have been counted and named; the choice is made on the others.
+    split = keep_readable(bench.split, set.intersection(*(set(s.keys) for s in stores.values())))
+    choosing = (*split.train, *split.val)
     choice = best_size(
-        tried,
+        {size: pooled(backbone, store, choosing) for size, store in stores.items()},
         choosing,
         bench.source.labels,
         bench.groups,
-        bench.split,
+        split,
         shots=bench.shots,
         seed=bench.seed,
     )
@@ -127,16 +128,31 @@ def read_at_best_size(
     return Reading(name, backbone, choice.size, choice.scores, store)
 
 
-def candidate_sizes(patch_size: int, trained_at: int, side: int) -> tuple[int, ...]:
-    """Sizes worth trying: around the training size, and the images' own, as multiples of a patch.
+def candidate_sizes(patch_size: int, trained_at: Sequence[int], side: int) -> tuple[int, ...]:
+    """Sizes worth trying, the same for a network before and after training.
 
-    None is more than twice the images' side: enlarging further shows a network nothing new.
+    Those that either was trained at and a step around them, the images' own, and twice that, as
+    multiples of a patch. Sizes above 256 px that nobody was trained at are left out: reading them
+    takes minutes on a CPU.
+
+    Args:
+        patch_size: of both networks.
+        trained_at: their sizes, in pixels.
+        side: of the images.
     """
-    most = min(2 * side, max(MOST_SIDE, trained_at))
-    wanted = [*(trained_at * factor for factor in (0.75, 1.0, 1.4)), float(side), float(most)]
-    sizes = {max(1, round(size / patch_size)) * patch_size for size in wanted}
-    fitting = tuple(sorted(size for size in sizes if size <= most))
-    return fitting or (min(sizes),)
+    wanted = [float(size) for size in trained_at]
+    extra = [trained_at[-1] * 0.75, trained_at[-1] * 1.4, float(side), 2.0 * side]
+    wanted += [size for size in extra if size <= max(MOST_SIDE, *trained_at)]
+    return tuple(sorted({max(1, round(size / patch_size)) * patch_size for size in wanted}))
+
+
+def keep_readable(split: Split, readable: set[str]) -> Split:
+    """The split without images that could not be read; those were counted and named."""
+    train, val, test = (
+        tuple(key for key in part if key in readable)
+        for part in (split.train, split.val, split.test)
+    )
+    return replace(split, train=train, val=val, test=test, digest="")
 
 
 def at_most(split: Split, labels: Mapping[str, str], seed: int) -> Split:

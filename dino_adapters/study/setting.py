@@ -9,17 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dino_adapters.contracts import Band, DataError, Sample, UnreadableFileError
+from dino_adapters.contracts import Band, DataError, UnitsError
 from dino_adapters.data import ImageSource, open_source
-from dino_adapters.data.demo_tiles import make_tiles
-from dino_adapters.data.splits import Split, make_split, read_split, write_split
-from dino_adapters.pretrain.intake import common_bands
+from dino_adapters.data.splits import Split, make_split, read_split
+from dino_adapters.pretrain.intake import common_bands, look_at
 from dino_adapters.recipes.data import DataRecipe
 from dino_adapters.runtime.console import Notices
 
 LOGGER = logging.getLogger(__name__)
 SPLIT_FILES = ("split.json", "splits.json")
-SPLIT_FILE = "split.json"
 LOOKS = 32
 LEAST_CLASSES = 2
 LEAST_PER_CLASS = 4  # fewer cannot be dealt to three parts
@@ -49,73 +47,61 @@ class Setting:
 
 
 def gather(
-    data: Path | None,
+    where: Path,
     labels: str | Path | None,
-    folder: Path,
+    written: Path,
     *,
     bands: Sequence[str] | None,
     value_range: tuple[float, float] | None,
     seed: int,
     notices: Notices,
 ) -> Setting:
-    """Finds or makes the images, and a split in which training and test share no place.
+    """Finds the images, their labels and a split in which training and test share no place.
+
+    Writes nothing, so that everything can be refused before a folder is touched.
 
     Args:
-        data: the user's folder, pattern or table; None builds the example tiles.
+        where: folder, pattern or table of images.
         labels: as in `open_source`. None takes the folders' names where each class has one.
-        folder: where the split is written.
+        written: file of the split; the split of an interrupted run is read from it.
         bands: names of the files' channels; needed for anything but grey or RGB.
         value_range: file values that mean 0 and 1; needed for 16-bit and float images.
         seed: of the split, where none comes with the data.
         notices: where skips are counted.
 
     Raises:
-        DataError: no images, or labels that do not fit them.
+        DataError: no images, labels that do not fit them, or a split that cannot be used.
+        UnitsError: the value range of 16-bit or float images is not given.
     """
-    if data is None:
-        where: Path = make_tiles(folder / "tiles")
-        source = open_source(where, labels=where / "labels.csv", notices=notices)
-        words = "Tiles of photographs that come with scikit-image and scikit-learn"
-    else:
-        where = data
-        given = {"bands": bands, "value_range": value_range, "notices": notices}
-        source = open_source(where, labels=labels, **given)
-        if not source.labels and _folders_are_classes(source):
-            source = open_source(where, labels="folder", **given)
-        words = f"Images of {where.name or where}"
-    split = _split(source, folder, seed=seed, notices=notices)
+    given = {"bands": bands, "value_range": value_range, "notices": notices}
+    source = open_source(where, labels=labels, **given)
+    if not source.labels and _folders_are_classes(source):
+        source = open_source(where, labels="folder", **given)
+    classes = sorted(set(source.labels.values()))
+    if len(classes) == 1:
+        raise DataError(
+            f"All {len(source.labels)} labelled images are of one class, '{classes[0]}'. Give "
+            "images of two classes or more, or none with a label."
+        )
+    split = _split(source, written, seed=seed, notices=notices)
     keys = source.keys if split is None else split.train
+    try:
+        looks = look_at(source, keys, LOOKS)
+    except UnitsError as error:
+        raise UnitsError(f"{error} (Here: --value-range LOW,HIGH.)") from None
     training = DataRecipe(
         source=str(where), bands=None if bands is None else tuple(bands), value_range=value_range
     )
-    looks = _look(source, keys)
-    side = int(statistics.median(min(look.pixels.shape[-2:]) for look in looks))
-    classes = len(set(source.labels.values()))
-    words += f": {len(keys)} for training without labels"
+    words = f"{where.name or where}: {len(keys)} images for training without labels"
     if split is not None:
         words += (
             f", {len(split.val)} to choose settings on, {len(split.test)} to test on, "
-            f"{classes} classes; {split.rule}"
+            f"{len(classes)} classes; {split.rule}"
         )
-    written = None if split is None else folder / SPLIT_FILE
-    return Setting(source, split, training, written, side, common_bands(looks), f"{words}.")
-
-
-def _look(source: ImageSource, keys: tuple[str, ...]) -> list[Sample]:
-    """Up to 32 images, evenly spread.
-
-    Raises:
-        DataError: none of them can be read.
-    """
-    looks, reason = [], ""
-    for key in keys[:: max(1, len(keys) // LOOKS)][:LOOKS]:
-        try:
-            looks.append(source.read(key))
-        except UnreadableFileError as error:
-            reason = str(error)  # counted and named where it is read for good
-    if not looks:
-        raise DataError(f"None of the images looked at can be read (last: {reason}).")
-    return looks
+    side = int(statistics.median(look.side for look in looks))
+    common = common_bands([look.bands for look in looks])
+    file = None if split is None else written
+    return Setting(source, split, training, file, side, common, f"{words}.")
 
 
 def _folders_are_classes(source: ImageSource) -> bool:
@@ -131,22 +117,46 @@ def _folders_are_classes(source: ImageSource) -> bool:
     return True
 
 
-def _split(source: ImageSource, folder: Path, *, seed: int, notices: Notices) -> Split | None:
+def _split(source: ImageSource, written: Path, *, seed: int, notices: Notices) -> Split | None:
     if not source.labels:
         return None
-    if (folder / SPLIT_FILE).exists():  # an interrupted run goes on with its own
-        return read_split(folder / SPLIT_FILE, keys=source.keys)
-    for name in SPLIT_FILES:
-        if (source.root / name).exists():
-            LOGGER.info("The split is read from %s.", name)
-            split = read_split(source.root / name, keys=source.keys)
-            break
+    if written.exists():  # an interrupted run goes on with its own
+        return read_split(written, keys=source.keys)
+    theirs = next((source.root / n for n in SPLIT_FILES if (source.root / n).exists()), None)
+    if theirs is not None:
+        LOGGER.info("The split is read from %s.", theirs.name)
+        split = read_split(theirs, keys=source.keys)
     else:
-        # Unlabelled images can still train.
         labelled = [key for key in source.keys if key in source.labels]
         split = make_split(labelled, source.labels, source.groups, seed=seed, notices=notices)
-        rest = tuple(key for key in source.keys if key not in source.labels)
-        if rest:
-            split = replace(split, train=split.train + rest, digest="")
-    write_split(folder / SPLIT_FILE, split)
+        split = _with_unlabelled(split, source, notices)
+    for part in ("val", "test"):
+        keys = getattr(split, part)
+        nameless = [key for key in keys if key not in source.labels]
+        if not keys or nameless:
+            raise DataError(
+                f"The part '{part}' of the split has {len(keys)} images, {len(nameless)} of them "
+                "without a label. Reading sizes are chosen on 'val' and results measured on "
+                "'test': give both some labelled images of each class."
+            )
     return split
+
+
+def _with_unlabelled(split: Split, source: ImageSource, notices: Notices) -> Split:
+    """Unlabelled images train, too, unless they are of a patient or place that is held out."""
+    held_out = {source.groups.get(key) for key in (*split.val, *split.test)} - {None}
+    rest = [key for key in source.keys if key not in source.labels]
+    kept = tuple(key for key in rest if source.groups.get(key) not in held_out)
+    if len(kept) < len(rest):
+        notices.add(
+            "unlabelled images left out, as their group is held out for choosing or testing",
+            count=len(rest) - len(kept),
+        )
+    train = split.train + kept
+    return replace(
+        split, train=train, digest="", groups={**split.groups, **_groups_of(source, kept)}
+    )
+
+
+def _groups_of(source: ImageSource, keys: Sequence[str]) -> dict[str, str]:
+    return {key: source.groups[key] for key in keys if key in source.groups}

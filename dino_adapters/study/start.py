@@ -2,72 +2,49 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import shutil
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from dino_adapters.backbones import FrozenBackbone, load_backbone
-from dino_adapters.contracts import RGB, Band, Report, RunFolderError
-from dino_adapters.data.splits import Split
+from dino_adapters.backbones import load_backbone
+from dino_adapters.contracts import Report, RunFolderError
+from dino_adapters.data.demo_tiles import make_tiles
+from dino_adapters.data.splits import write_split
 from dino_adapters.features.baselines import image_statistics, raw_pixels
-from dino_adapters.pretrain import pretrain
-from dino_adapters.recipes.pretrain import PretrainRecipe
-from dino_adapters.runtime.chance import derive
 from dino_adapters.runtime.console import Notices, duration
 from dino_adapters.runtime.files import write_json
 from dino_adapters.runtime.runfolder import RunFolder
-from dino_adapters.runtime.world import pick_device
 from dino_adapters.study import start_page
 from dino_adapters.study.fewshot import evaluate_shots
 from dino_adapters.study.page import write_page
-from dino_adapters.study.plans import (
-    CONTINUE_STEPS,
-    SCRATCH,
-    SCRATCH_STEPS,
-    continue_plan,
-    scratch_plan,
+from dino_adapters.study.reading import (
+    Bench,
+    Reading,
+    at_most,
+    candidate_sizes,
+    keep_readable,
+    read_at_best_size,
 )
-from dino_adapters.study.reading import Bench, Reading, at_most, candidate_sizes, read_at_best_size
 from dino_adapters.study.setting import Setting, gather
 from dino_adapters.study.shot_table import FewShotTable
+from dino_adapters.study.trained import (
+    Names,
+    Trained,
+    named_after,
+    networks_before,
+    train_both,
+)
 
 LOGGER = logging.getLogger(__name__)
+TILES, SPLIT = "photographs", "split.json"
 DEMO_WEIGHTS = "demo:efficientnet_lite0"
-SCRATCH_SHARE = 0.25
-PROBE_STEPS = 4
 DRAWS = 20
-
-
-@dataclass(frozen=True)
-class Names:
-    """Rows of the table."""
-
-    pixels: str = "raw pixels"
-    statistics: str = "image statistics"
-    untrained: str = "micro ViT, untrained"
-    scratch: str = "micro ViT, from nothing"
-    frozen: str = "public network, frozen"
-    continued: str = "public network, continued"
-
-
-@dataclass(frozen=True)
-class Trained:
-    """Both runs, and the networks before and after them."""
-
-    before: dict[str, FrozenBackbone]
-    runs: dict[str, RunFolder]
-    device: str
-
-    def after(self, name: str) -> FrozenBackbone:
-        """The exported teacher of a run."""
-        return load_backbone(self.runs[name].export, device=self.device)
 
 
 def start(
@@ -112,7 +89,7 @@ def start(
     """
     began = time.monotonic()
     folder = RunFolder(out)
-    told = {
+    told: dict[str, Any] = {
         "data": None if data is None else str(data),
         "labels": None if labels is None else str(labels),
         "weights": weights or DEMO_WEIGHTS,
@@ -122,24 +99,30 @@ def start(
         "bands": None if bands is None else list(bands),
         "value_range": None if value_range is None else list(value_range),
     }
-    with claim(folder, told, overwrite=overwrite):
-        names = Names() if weights is None else named_after(weights)
+    with folder.lock():
+        going_on = refuse_other_runs(folder, told, overwrite=overwrite)
         notices = Notices()
+        names = Names() if weights is None else named_after(weights)
+        if data is None and not going_on:  # example images: nothing of the user's to refuse
+            begin(folder, told, overwrite=overwrite)
+        where = make_tiles(out / TILES) if data is None else data
         setting = gather(
-            data,
-            labels,
-            out,
+            where,
+            where / "labels.csv" if data is None else labels,
+            out / SPLIT,
             bands=bands,
             value_range=value_range,
             seed=seed,
             notices=notices,
         )
+        before = networks_before(setting, told["weights"], names, seed, notices)
+        if data is not None and not going_on:
+            begin(folder, told, overwrite=overwrite)
+        if setting.split is not None:
+            write_split(out / SPLIT, setting.split)
         LOGGER.info("%s", setting.words)
-        trained = train_both(setting, told["weights"], folder, names, minutes, seed, quiet=quiet)
-        networks = {}  # each network beside what became of it
-        for before, after in zip(trained.before, trained.runs, strict=True):
-            networks |= {before: trained.before[before], after: trained.after(after)}
-        page = start_page.Page(setting, names, trained.runs, told, notices, networks)
+        trained = train_both(setting, before, folder, told, names, notices, quiet=quiet)
+        page = start_page.Page(setting, names, trained.runs, told, notices, trained.networks())
         if setting.split is not None:
             page = measure(page, trained, setting, names, out, seed, tuple(shots), quiet=quiet)
         report = page.report(seconds=time.monotonic() - began)
@@ -148,104 +131,29 @@ def start(
         return report
 
 
-@contextlib.contextmanager
-def claim(folder: RunFolder, told: dict[str, object], *, overwrite: bool) -> Iterator[None]:
-    """Holds the folder: a new one, or one where the same job was interrupted.
+def refuse_other_runs(folder: RunFolder, told: dict[str, Any], *, overwrite: bool) -> bool:
+    """Whether an interrupted run of the same job stands in the folder, to go on with.
 
     Raises:
-        RunFolderError: it holds something else, or another process writes there.
+        RunFolderError: another run, or a finished one, and it may not be replaced.
     """
+    if overwrite or not folder.holds_a_run:
+        return False
+    before = json.loads(folder.recipe_file.read_text(encoding="utf-8"))
+    if (folder.report / "index.html").exists() or before != told:
+        raise RunFolderError(
+            f"{folder.path} already holds a run{'' if before == told else ' with other settings'}. "
+            "Name another folder with --out, or replace it with --overwrite."
+        )
+    LOGGER.info("going on with the run in %s", folder.path)
+    return True
+
+
+def begin(folder: RunFolder, told: dict[str, Any], *, overwrite: bool) -> None:
+    """Takes the folder for this job."""
     if overwrite:
-        folder.clear()
-    with folder.lock():
-        if folder.holds_a_run:
-            before = json.loads(folder.recipe_file.read_text(encoding="utf-8"))
-            if (folder.report / "index.html").exists() or before != told:
-                raise RunFolderError(
-                    f"{folder.path} already holds a run"
-                    f"{'' if before == told else ' with other settings'}. Name another folder with "
-                    "--out, or replace it with --overwrite."
-                )
-            LOGGER.info("going on with the run in %s", folder.path)
-        else:
-            folder.begin(told)
-        yield
-
-
-def named_after(weights: str) -> Names:
-    """Rows that carry the name of the user's own start weights."""
-    name = Path(weights).name
-    return Names(frozen=f"{name}, frozen", continued=f"{name}, continued")
-
-
-def train_both(
-    setting: Setting,
-    weights: str,
-    folder: RunFolder,
-    names: Names,
-    minutes: float | None,
-    seed: int,
-    *,
-    quiet: bool,
-) -> Trained:
-    """Runs both plans; a run that is finished already is taken as it is."""
-    device = str(pick_device())
-    start_seed = derive(seed, "network")
-    before = {
-        names.untrained: load_backbone(
-            SCRATCH, bands=setting.bands, seed=start_seed, device=device
-        ),
-        names.frozen: load_backbone(weights, bands=bands_of_frozen(setting), device=device),
-    }
-    side = setting.side
-    images, split = setting.training, setting.split_file
-    scratch = scratch_plan(images, split, side=side, steps=SCRATCH_STEPS, seed=seed)
-    continued = continue_plan(
-        images,
-        split,
-        weights,
-        before[names.frozen].info,
-        side=side,
-        steps=CONTINUE_STEPS,
-        seed=seed,
-    )
-    shares = {"scratch": SCRATCH_SHARE, "continued": 1 - SCRATCH_SHARE}
-    runs = {}
-    for name, plan in (("scratch", scratch), ("continued", continued)):
-        run = RunFolder(folder.path / name)
-        if minutes is not None:
-            plan = fit_to_time(plan, run, 60 * minutes * shares[name])
-        if not (run.export / "card.json").exists():
-            LOGGER.info("training: %s", getattr(names, name))
-            pretrain(plan, run, resume=True, quiet=quiet)
-        runs[getattr(names, name)] = run
-    return Trained(before, runs, device)
-
-
-def bands_of_frozen(setting: Setting) -> tuple[Band, ...] | None:
-    """The bands a frozen network reads: its own where the images have them (None), else all.
-
-    Spread filters that were never trained cost accuracy, so they are the last resort.
-    """
-    there = {band.name for band in setting.bands}
-    is_photo = there == {"grey"} or {band.name for band in RGB} <= there
-    return None if is_photo else setting.bands
-
-
-def fit_to_time(plan: PretrainRecipe, run: RunFolder, seconds: float) -> PretrainRecipe:
-    """The plan with as many steps as fit into the time, by a short probe; asked once per run."""
-    if run.holds_a_run:
-        steps = json.loads(run.recipe_file.read_text(encoding="utf-8"))["steps"]
-        return plan.model_copy(update={"steps": steps})
-    probe = RunFolder(run.path.with_name(f".{run.path.name}.probe"))
-    shutil.rmtree(probe.path, ignore_errors=True)
-    pretrain(plan.model_copy(update={"steps": PROBE_STEPS}), probe, quiet=True)
-    rows = probe.rows()
-    each = (rows[-1]["seconds"] - rows[0]["seconds"]) / (PROBE_STEPS - 1)
-    shutil.rmtree(probe.path)
-    steps = max(PROBE_STEPS, int(seconds / each))
-    LOGGER.info("a step takes %.2f s: %d steps fit into %s", each, steps, duration(seconds))
-    return plan.model_copy(update={"steps": steps})
+        folder.empty()
+    folder.begin(told)
 
 
 def measure(
@@ -266,14 +174,13 @@ def measure(
     bench = Bench(source, split, out / "features", seed, shots, quiet, page.notices)
     readings: dict[str, Reading] = {}
     pairs = ((names.untrained, names.scratch), (names.frozen, names.continued))
-    for before, after in pairs:
-        network = page.networks[after]
-        sizes = candidate_sizes(network.info.patch_size, network.info.size, setting.side)
-        readings[before] = read_at_best_size(before, page.networks[before], bench, sizes)
-        readings[after] = read_at_best_size(after, network, bench, sizes)
+    for pair in pairs:
+        infos = [page.networks[name].info for name in pair]
+        sizes = candidate_sizes(infos[1].patch_size, [info.size for info in infos], setting.side)
+        for name in pair:
+            readings[name] = read_at_best_size(name, page.networks[name], bench, sizes)
     readable = set.intersection(*(set(reading.store.keys) for reading in readings.values()))
-    split = keep_readable(split, readable)
-    bench = Bench(source, split, bench.folder, seed, shots, quiet, page.notices)
+    bench = replace(bench, split=keep_readable(split, readable))
     rows: dict[str, np.ndarray] = {
         names.pixels: raw_pixels(source, bench.keys),
         names.statistics: image_statistics(source, bench.keys),
@@ -288,15 +195,6 @@ def measure(
         for before, after in pairs
     }
     return page.with_results(table, gains, readings, curves, bench)
-
-
-def keep_readable(split: Split, readable: set[str]) -> Split:
-    """The split without images that could not be read; those were counted and named."""
-    train, val, test = (
-        tuple(key for key in part if key in readable)
-        for part in (split.train, split.val, split.test)
-    )
-    return replace(split, train=train, val=val, test=test, digest="")
 
 
 def few_shots(

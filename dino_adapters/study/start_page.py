@@ -30,7 +30,7 @@ from dino_adapters.study.setting import Setting
 from dino_adapters.study.shot_table import FewShotTable
 
 if TYPE_CHECKING:
-    from dino_adapters.study.start import Names
+    from dino_adapters.study.trained import Names
 
 LOGGER = logging.getLogger(__name__)
 PICTURES, QUERIES, FOUND = 6, 4, 5
@@ -117,12 +117,15 @@ class Page:
             )
         *_, last = self.gains
         if last.helps:
-            verdict = f"Pretraining on these images helped: use {self.runs[last.row].export}."
+            verdict = "Pretraining on these images helped."
         elif last.hurts:
-            verdict = "Continuing on these images made the network worse: keep the frozen one."
+            verdict = "Continuing on these images made the network worse."
         else:
-            verdict = "Continuing on these images made no difference that these tests can see."
-        return (verdict, *(gain.sentence() for gain in reversed(self.gains)))
+            verdict = "Whether continuing on these images helps cannot be told from these tests."
+        better = self.readings[last.row if last.helps else last.baseline]
+        where = str(self.runs[last.row].export) if last.helps else self.told["weights"]
+        use = f"Use: {where}, read at {better.size} px."
+        return (verdict, *(gain.sentence() for gain in reversed(self.gains)), use)
 
     def _training(self, run: RunFolder) -> str:
         last = run.rows()[-1]

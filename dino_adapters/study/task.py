@@ -6,6 +6,7 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,40 +62,56 @@ class Evaluation:
 
 
 def fit_task(
-    recipe: TaskRecipe, folder: RunFolder, *, overrides: Sequence[str] = (), quiet: bool = False
+    recipe: TaskRecipe,
+    folder: RunFolder,
+    *,
+    overwrite: bool = False,
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
 ) -> Fitted:
     """Embeds the images, fits the head on the training part, and saves it.
 
     The head's strength, where it has one to choose, and the reading size, where several are given,
     are chosen on the validation part. Writes `split.json`, `features/`, `head/` and `fit.json`.
+    With `overwrite` a run that stands in the folder is replaced, once nothing is left to refuse.
 
     Raises:
-        RunFolderError: the folder holds a run.
+        RunFolderError: the folder holds a run, or what would replace it is read from inside it.
         DataError, WeightsError, RecipeError: something does not fit.
     """
     with folder.lock():
-        if folder.holds_a_run:
-            folder.begin({})  # raises, and says what to do
-        task = open_task(recipe, folder, quiet=quiet)
-        folder.begin(recipe.model_dump(mode="json"), overrides)
+        if overwrite:
+            _check_inputs_stay(recipe, folder)
+        elif folder.holds_a_run:
+            folder.begin({}, resumable=False)  # raises, and says what to do
+        task = open_task(recipe, folder, afresh=True, quiet=quiet)
+        if overwrite:
+            folder.empty()
+        folder.begin(recipe.model_dump(mode="json"), overrides, resumable=False)
         write_split(folder.path / SPLIT, task.split)
         return _fit(task)
 
 
 def evaluate_task(
-    recipe: TaskRecipe, folder: RunFolder, *, overrides: Sequence[str] = (), quiet: bool = False
+    recipe: TaskRecipe,
+    folder: RunFolder,
+    *,
+    overwrite: bool = False,
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
 ) -> Evaluation:
     """Judges the run's head on the test part, and few labels beside simple floors.
 
-    Fits first where the folder is new. Writes `evaluation.json`, `fewshot.json` and a row a metric
-    to `metrics.jsonl`; vectors that are there already are not computed again.
+    Fits first where the folder is new, or with `overwrite`. Writes `evaluation.json`,
+    `fewshot.json` and a row a metric to `metrics.jsonl`; vectors that are there already are not
+    computed again.
 
     Raises:
         RunFolderError: the folder holds a run of another recipe.
         DataError, WeightsError, RecipeError: something does not fit.
     """
-    if not folder.holds_a_run:
-        fit_task(recipe, folder, overrides=overrides, quiet=quiet)
+    if overwrite or not folder.holds_a_run:
+        fit_task(recipe, folder, overwrite=overwrite, overrides=overrides, quiet=quiet)
     with folder.lock():
         check_same(recipe, folder)
         task = open_task(recipe, folder, quiet=quiet)
@@ -133,6 +150,24 @@ def check_same(recipe: TaskRecipe, folder: RunFolder) -> None:
             f"{folder.path} holds a run of another recipe (other: {', '.join(names)}). Name "
             "another folder with --out, or replace it with --overwrite."
         )
+
+
+def _check_inputs_stay(recipe: TaskRecipe, folder: RunFolder) -> None:
+    """Refuses to replace a run by one that reads from it, e.g. its exported backbone."""
+    inside = folder.path.resolve()
+    read = {
+        "data.source": recipe.data.source,
+        "data.labels": recipe.data.labels,
+        "split": recipe.split,
+        "backbone": recipe.backbone,
+    }
+    for name, value in read.items():
+        path = Path(value or "")
+        if value and path.exists() and path.resolve().is_relative_to(inside):
+            raise RunFolderError(
+                f"{name} is {value}, which --overwrite would remove with {folder.path}. Name "
+                "another folder with --out."
+            )
 
 
 def _fit(task: Task) -> Fitted:

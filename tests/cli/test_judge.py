@@ -58,6 +58,7 @@ def test_evaluate_refuses_another_recipe_and_needs_a_folder(run, words, tmp_path
     again = run("fit", *words, "--out", out)
     assert again.exit_code == 2
     assert "already holds a run" in again.stderr
+    assert "--resume" not in again.stderr
 
 
 def test_no_labels(run, photos, tmp_path):
@@ -83,3 +84,53 @@ def test_the_best_of_several_sizes_is_chosen_on_validation(run, words, tmp_path)
     scores = {int(size): score for size, score in told["validation"].items()}
     assert set(scores) == {16, 32}
     assert scores[told["size"]] == max(scores.values())
+
+
+def contents(folder):
+    """Path -> bytes of every file, but for the lock."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def test_overwrite_replaces_a_run_only_when_nothing_is_left_to_refuse(run, words, photos, tmp_path):
+    out = tmp_path / "task"
+    assert run("fit", *words, "--out", out, "-q").exit_code == 0
+    before = contents(out)
+    del before["log.txt"]
+    wrong = (f"data.source={tmp_path / 'phtoos'}", "backbone=vitmicor8", "head=forest", "fit=x")
+    for command in ("fit", "evaluate"):
+        for word in wrong:
+            refused = run(command, *words, word, "--out", out, "--overwrite", "-q")
+            assert refused.exit_code in (2, 3, 4), refused.output
+            now = contents(out)
+            assert {name: now.get(name) for name in before} == before
+
+    replaced = run("fit", *words, "seed=1", "--out", out, "--overwrite", "-q")
+    assert replaced.exit_code == 0, replaced.output
+    assert json.loads((out / "recipe.json").read_text())["seed"] == 1
+    assert (out / "split.json").read_bytes() != before["split.json"], "the old split was kept"
+    judged = run("evaluate", *words, "--out", out, "--overwrite", "--json")
+    assert judged.exit_code == 0, judged.output
+    assert (out / "split.json").read_bytes() == before["split.json"]
+    assert (out / "evaluation.json").exists()
+
+
+def test_overwrite_keeps_what_the_new_run_reads(run, words, tmp_path):
+    out = tmp_path / "task"
+    assert run("fit", *words, "--out", out, "-q").exit_code == 0
+    before = contents(out)
+    refused = run("fit", *words, f"split={out / 'split.json'}", "--out", out, "--overwrite")
+    assert refused.exit_code == 2
+    assert "which --overwrite would remove" in refused.stderr
+    assert contents(out).keys() == before.keys()
+
+
+def test_out_that_is_a_file(run, words, tmp_path):
+    (tmp_path / "task").write_text("mine")
+    for command, more in (("fit", ()), ("evaluate", ()), ("fit", ("--overwrite",))):
+        refused = run(command, *words, "--out", tmp_path / "task", *more)
+        assert refused.exit_code == 2, refused.output
+        assert "is a file, and a run needs a folder" in refused.stderr

@@ -34,7 +34,7 @@ OWNERS = {
     "skimage": "data/demo_tiles.py",
 }
 # Imported by us, and always there because of a library that we declare.
-ARRIVES_WITH = {"scipy": "scikit-learn", "threadpoolctl": "scikit-learn"}
+ARRIVES_WITH = {"yaml": "mmengine-lite"}
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "mmengine": "mmengine-lite"}
 FORBIDDEN = {"utils", "helpers", "common", "misc"}
 FILES = sorted(PACKAGE.rglob("*.py"))

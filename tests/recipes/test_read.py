@@ -232,6 +232,146 @@ class TestFiles:
         assert "Did you mean 'steps'?" in text
 
 
+class TestPlainFiles:
+    """YAML and JSON recipes are values: nothing in them runs."""
+
+    @pytest.fixture
+    def payload(self, tmp_path: Path) -> str:
+        return f'x: !!python/object/apply:os.system ["touch {tmp_path / "ran"}"]\n'
+
+    @pytest.fixture(autouse=True)
+    def nothing_runs(self, tmp_path: Path):
+        yield
+        assert not (tmp_path / "ran").exists()
+
+    def test_the_payload_would_run(self, payload: str, tmp_path: Path):
+        """Otherwise the tests below would prove nothing."""
+        import mmengine
+
+        (tmp_path / "a.yaml").write_text(payload)
+        mmengine.load(tmp_path / "a.yaml")
+        assert (tmp_path / "ran").exists()
+        (tmp_path / "ran").unlink()
+
+    @pytest.mark.parametrize("name", ["a.yaml", "a.yml", "a.YAML"])
+    def test_tags_are_refused(self, payload: str, tmp_path: Path, name: str):
+        (tmp_path / name).write_text(payload)
+        text = refusal(path=tmp_path / name)
+        assert f"The recipe {tmp_path / name} holds more than plain values" in text
+        assert "os.system" in text
+
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            ("a.yaml", "_base_: inner/b.yaml\n"),
+            ("a.yaml", "_base_: [inner/c.yaml]\n"),
+            ("a.yaml", "{_base_: ./inner/../inner/b.yaml}\n"),
+            ("a.json", '{"_base_": ["inner/c.yaml"]}'),
+            ("a.py", "_base_ = ['inner/c.yaml']\n"),
+        ],
+    )
+    def test_tags_in_bases_are_refused(self, payload: str, tmp_path: Path, name: str, text: str):
+        (tmp_path / "inner").mkdir()
+        (tmp_path / "inner" / "b.yaml").write_text(payload)
+        (tmp_path / "inner" / "c.yaml").write_text("_base_: b.yaml\nsteps: 3\n")
+        (tmp_path / name).write_text(text)
+        told = refusal(path=tmp_path / name)
+        assert f"The recipe {tmp_path / 'inner' / 'b.yaml'} holds more than plain values" in told
+
+    @pytest.mark.parametrize("name", ["a.yaml", "a.json"])
+    def test_code_as_a_base_is_refused(self, tmp_path: Path, name: str):
+        (tmp_path / "b.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+        (tmp_path / "c.yaml").write_text("_base_: b.py\n")
+        for base in ("b.py", "c.yaml", "mmdet::b.py"):
+            (tmp_path / name).write_text(f'{{"_base_": "{base}"}}')
+            assert "names 'b.py'" in (text := refusal(path=tmp_path / name)) or base in text
+            assert "in _base_, which is code" in text
+
+    def test_a_python_recipe_may_name_both(self, tmp_path: Path):
+        (tmp_path / "b.py").write_text("inner = dict(rate=2.0)\n")
+        (tmp_path / "c.yaml").write_text("_base_: b.py\nsteps: 3\n")
+        (tmp_path / "a.py").write_text("_base_ = 'c.yaml'\nquick = True\n")
+        made = read_recipe(tmp_path / "a.py", Outer, [])
+        assert (made.inner.rate, made.steps, made.quick) == (2.0, 3, True)
+
+    def test_plain_bases_are_read(self, tmp_path: Path):
+        (tmp_path / "b.yml").write_text("inner: {rate: 2.0, name: base}\nsteps: 3\n")
+        (tmp_path / "c.json").write_text('{"_base_": "b.yml", "inner": {"name": "file"}}')
+        (tmp_path / "a.yaml").write_text("_base_: c.json\nquick: true\n")
+        made = read_recipe(tmp_path / "a.yaml", Outer, [])
+        assert made == Outer(inner=Inner(rate=2.0, name="file"), steps=3, quick=True)
+
+    def test_text_that_mmengine_would_replace_is_refused(
+        self, payload: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        """Such text is plain for the check and becomes a tag afterwards."""
+        monkeypatch.setenv("SNEAKED", f"z'\n{payload.strip()} #")
+        (tmp_path / "a.yaml").write_text("y: '{{$SNEAKED:z}}'\n")
+        assert "holds '{{'" in refusal(path=tmp_path / "a.yaml")
+
+    def test_circles_end(self, tmp_path: Path):
+        (tmp_path / "a.yaml").write_text("_base_: a.yaml\n")
+        assert "itself" in refusal(path=tmp_path / "a.yaml")
+
+
+class TestBounds:
+    @pytest.mark.parametrize(
+        "override",
+        [
+            "optim.betas=[0.9,1.0]",
+            "optim.betas=[-0.1,0.9]",
+            "optim.weight_decay=[-0.1,0.4]",
+            "schedule.momentum=[0.9,1.1]",
+            "schedule.momentum=[-0.1,1]",
+            "schedule.warmup=1.1",
+            "masks.ratio=[0.1,1.1]",
+            "masks.ratio=[-0.1,0.5]",
+            "masks.ratio=[0.5,0.1]",
+            "masks.probability=2",
+            "crops.blur=[0,0.5,1.5]",
+            "crops.blur=[0,-0.5,0.5]",
+            "crops.blur_sigma=[0,1]",
+            "crops.blur_sigma=[2,1]",
+            "crops.global_scale=[0,1]",
+            "crops.global_scale=[0.9,0.1]",
+            "crops.local_scale=[0.1,1.2]",
+            "crops.jitter=-1",
+            "objective.teacher_temperature=[0,0.07]",
+            "objective.teacher_temperature=[0.04,-1]",
+            *(f"{name}=1e999" for name in ("optim.lr", "optim.clip", "objective.dino_weight")),
+            "optim.weight_decay=[0,1e999]",
+            "crops.blur_sigma=[0.1,1e999]",
+            "data.value_range=[0,1e999]",
+            "data.value_range=[nan,1]",
+            "data.memory_gb=1e999",
+            "schedule.momentum=[nan,1]",
+        ],
+    )
+    def test_what_makes_no_sense_is_refused(self, override: str):
+        name = override.partition("=")[0]
+        text = refusal(*HERE, override, kind=PretrainRecipe)
+        assert name.rpartition(".")[2] in text
+        assert name.partition(".")[0] in text
+
+    @pytest.mark.parametrize(
+        "override",
+        [
+            "optim.betas=[0,0.999]",
+            "optim.weight_decay=[0,0]",
+            "schedule.momentum=[0,1]",
+            "masks.ratio=[0,1]",
+            "masks.ratio=[0.3,0.3]",
+            "crops.blur=[0,1,0.5]",
+            "crops.blur_sigma=[1,1]",
+            "objective.teacher_temperature=[0.07,0.04]",
+            "data.value_range=[-1000,3000]",
+            "model.architecture.depth=6",
+        ],
+    )
+    def test_the_edges_are_allowed(self, override: str):
+        read_recipe(None, PretrainRecipe, [*HERE, override])
+
+
 def test_pretrain_recipes_are_read():
     made = read_recipe(None, PretrainRecipe, [*HERE, "optim.lr=3e-4", "crops.local_count=6"])
     assert made.data == DataRecipe(source="photos")

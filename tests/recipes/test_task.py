@@ -38,12 +38,20 @@ def test_lists_become_tuples():
         ("features=patches", "'features' is 'patches'"),
         ("draws=0", "'draws' is 0"),
         ("heads=knn", "Did you mean 'head'"),
+        ("data.value_range=[0,1e999]", "'data.value_range.1' is inf"),
     ],
 )
 def test_refusals(override: str, message: str):
     with pytest.raises(RecipeError) as caught:
         read_recipe(None, TaskRecipe, ["data.source=x", override])
     assert message in str(caught.value)
+
+
+def test_options_of_the_head_are_written_as_shown():
+    shown = TaskRecipe.model_fields["head_options"].description or ""
+    assert "`head_options.k=20`" in shown
+    made = read_recipe(None, TaskRecipe, ["data.source=x", "head_options.k=20"])
+    assert made.head_options == {"k": 20}
 
 
 def test_recipes_do_not_change():

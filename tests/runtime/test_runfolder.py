@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -22,18 +23,21 @@ def test_begin_writes_what_was_told(tmp_path):
 def test_strangers_are_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years")
     folder = RunFolder(tmp_path)
-    for attempt in (lambda: folder.begin({}), folder.clear):
-        with pytest.raises(RunFolderError):
-            attempt()
+    folder.empty()
+    with pytest.raises(RunFolderError):
+        folder.begin({})
     assert (tmp_path / "thesis.txt").read_text() == "years"
 
 
-def test_clear_removes_a_run_alone(tmp_path):
+def test_empty_removes_the_run_and_keeps_the_lock(tmp_path):
     folder = RunFolder(tmp_path / "run")
-    folder.clear()
+    folder.empty()
+    with folder.lock():
+        folder.begin({})
+        (folder.checkpoints / "step_1").mkdir(parents=True)
+        folder.empty()
+    assert [entry.name for entry in folder.path.iterdir()] == [".lock"]
     folder.begin({})
-    folder.clear()
-    assert not folder.path.exists()
 
 
 def test_a_second_writer_is_refused(tmp_path):
@@ -44,9 +48,8 @@ def test_a_second_writer_is_refused(tmp_path):
         "from dino_adapters.contracts import RunFolderError\n"
         "from dino_adapters.runtime.runfolder import RunFolder\n"
         "folder = RunFolder(Path(sys.argv[1]))\n"
-        "for use in (folder.lock().__enter__, folder.clear):\n"
-        "    try: use()\n"
-        "    except RunFolderError as error: print(error)\n"
+        "try: folder.lock().__enter__()\n"
+        "except RunFolderError as error: print(error)\n"
     )
     with folder.lock():
         done = subprocess.run(
@@ -55,7 +58,7 @@ def test_a_second_writer_is_refused(tmp_path):
             text=True,
             check=True,
         )
-    assert done.stdout.count("Another process is writing") == 2
+    assert done.stdout.count("Another process is writing") == 1
     assert folder.holds_a_run
     with folder.lock():
         pass
@@ -74,3 +77,42 @@ def test_rows_survive_a_cut_line_and_numbers_that_json_lacks(tmp_path):
     ]
     folder.drop_rows_from(1)
     assert [row["step"] for row in folder.rows()] == [0]
+
+
+def test_only_commands_that_resume_offer_it(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.begin({})
+    with pytest.raises(RunFolderError, match=r"already holds a run\. Name another") as caught:
+        folder.begin({}, resumable=False)
+    assert "--resume" not in str(caught.value)
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "notes").write_text("years")
+    for path in (tmp_path / "notes", tmp_path / "notes" / "run"):
+        folder = RunFolder(path)
+        with pytest.raises(RunFolderError, match="with --out"), folder.lock():
+            pass
+        with pytest.raises(RunFolderError, match="with --out"):
+            folder.begin({})
+    assert (tmp_path / "notes").read_text() == "years"
+
+
+@pytest.mark.parametrize("what", ["mkdir", "open"])
+def test_folders_that_cannot_be_written_are_said(tmp_path, monkeypatch, what):
+    def refuse(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, what, refuse)
+    with (
+        pytest.raises(RunFolderError, match=r"cannot be written \(Permission denied\)"),
+        RunFolder(tmp_path / "run").lock(),
+    ):
+        pass
+
+
+def test_a_lock_alone_is_no_strangers_file(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    with folder.lock():
+        pass
+    folder.begin({})

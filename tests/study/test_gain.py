@@ -46,7 +46,17 @@ def test_the_interval_over_test_images_has_the_same_centre_and_is_wider():
 def test_too_few_groups_give_no_interval_over_test_images():
     found, _ = made(0.3, groups=LEAST_GROUPS - 1)
     assert found.items is None
-    assert "test images" not in found.sentence()
+    assert "too few to say more" in found.sentence()
+    assert not found.helps
+
+
+def test_a_gain_that_other_test_images_may_undo_is_no_gain():
+    sure, wide = (0.041, 0.03, 0.052), (0.041, -0.016, 0.123)
+    found = Gain("new net", "old net", 10, {1: sure}, sure, wide)
+    assert not found.helps
+    assert "cannot be told apart: +4.1 points" in found.sentence()
+    mirrored = (-sure[0], -sure[2], -sure[1])
+    assert not Gain("a b", "c", 10, {1: mirrored}, mirrored, wide).hurts
 
 
 @pytest.mark.parametrize(
@@ -58,7 +68,7 @@ def test_too_few_groups_give_no_interval_over_test_images():
     ],
 )
 def test_sentences(pooled, said):
-    found = Gain("new net", "old net", 10, {1: pooled, 3: pooled, 5: pooled}, pooled)
+    found = Gain("new net", "old net", 10, {1: pooled, 3: pooled, 5: pooled}, pooled, pooled)
     assert found.sentence().startswith(said)
     assert "1, 3 and 5 shots averaged, 10 paired draws" in found.sentence()
 

@@ -9,6 +9,7 @@ from PIL import Image
 from dino_adapters.contracts import DataError, RunFolderError
 from dino_adapters.pretrain import pretrain
 from dino_adapters.study import start as start_room
+from dino_adapters.study import trained
 from dino_adapters.study.plans import continue_sizes
 from dino_adapters.study.reading import at_most, candidate_sizes
 from dino_adapters.study.start import start
@@ -32,8 +33,8 @@ def draw(folder, classes=("dots", "lines", "plain"), count=9):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(start_room, "SCRATCH_STEPS", 5)
-    monkeypatch.setattr(start_room, "CONTINUE_STEPS", 5)
+    monkeypatch.setattr(trained, "SCRATCH_STEPS", 5)
+    monkeypatch.setattr(trained, "CONTINUE_STEPS", 5)
     monkeypatch.setattr(start_room, "DRAWS", 3)
 
 
@@ -76,9 +77,10 @@ def test_an_interrupted_job_goes_on_and_ends_the_same(tmp_path, quick, monkeypat
     with pytest.raises(KeyboardInterrupt):
         start(images, None, NETWORK, tmp_path / "b", quiet=True)
     monkeypatch.undo()
-    for name, value in (("SCRATCH_STEPS", 5), ("CONTINUE_STEPS", 5), ("DRAWS", 3)):
-        monkeypatch.setattr(start_room, name, value)
-    monkeypatch.setattr(start_room, "pretrain", None)  # both runs are finished: none may start
+    monkeypatch.setattr(start_room, "DRAWS", 3)
+    monkeypatch.setattr(trained, "SCRATCH_STEPS", 5)
+    monkeypatch.setattr(trained, "CONTINUE_STEPS", 5)
+    monkeypatch.setattr(trained, "pretrain", None)  # both runs are finished: none may start
     again = start(images, None, NETWORK, tmp_path / "b", quiet=True)
     assert again.tables[0].rows == whole.tables[0].rows
     with pytest.raises(RunFolderError, match="other settings"):
@@ -108,7 +110,7 @@ def test_minutes_decide_the_steps_once(tmp_path, quick, monkeypatch):
         seen.append((run.path.name, plan.steps))
         return pretrain(plan, run, **options)
 
-    monkeypatch.setattr(start_room, "pretrain", recorded)
+    monkeypatch.setattr(trained, "pretrain", recorded)
     start(draw(tmp_path / "images"), None, NETWORK, tmp_path / "out", minutes=0.02, quiet=True)
     names = [name for name, _ in seen]
     assert names == [".scratch.probe", "scratch", ".continued.probe", "continued"]
@@ -120,10 +122,11 @@ def test_sizes_are_multiples_and_never_far_above_the_image(patch, side):
     global_size, local_size = continue_sizes(patch, side)
     assert global_size % patch == local_size % patch == 0
     assert local_size < global_size
-    sizes = candidate_sizes(patch, global_size, side)
+    sizes = candidate_sizes(patch, (2 * patch, global_size), side)
+    assert {2 * patch, global_size} <= set(sizes)
     assert sizes == tuple(sorted(set(sizes)))
     assert all(size % patch == 0 for size in sizes)
-    assert max(sizes) <= max(2 * side, patch)
+    assert max(sizes) <= max(2 * side, global_size, 256 + patch)
 
 
 def test_at_most_keeps_whole_parts_and_forty_of_a_class():
@@ -138,3 +141,60 @@ def test_at_most_keeps_whole_parts_and_forty_of_a_class():
     assert (small.val, small.test) == (split.val, split.test)
     assert at_most(split, labels, 0).train == small.train
     assert "at most 40" in small.rule
+
+
+def test_damaged_files_are_left_out_of_every_row_and_named(tmp_path, quick):
+    images = draw(tmp_path / "images", count=14)
+    for name in ("dots/0.png", "lines/5.png"):
+        whole = (images / name).read_bytes()
+        (images / name).write_bytes(whole[: len(whole) // 2])
+    report = start(images, None, NETWORK, tmp_path / "out", quiet=True)
+    assert len(report.tables[0].rows) == 6
+    notes = " ".join(report.notes)
+    assert "dots/0.png" in notes
+    assert "lines/5.png" in notes
+
+
+def test_unlabelled_images_of_a_held_out_group_do_not_train(tmp_path, quick):
+    from dino_adapters.runtime.console import Notices
+    from dino_adapters.study.setting import gather
+
+    images = draw(tmp_path / "images", count=16)
+    lines = ["path,label,group"]
+    for path in sorted(images.rglob("*.png")):
+        kind, index = path.parent.name, int(path.stem)
+        label = kind if index % 2 else ""
+        lines.append(f"{kind}/{path.name},{label},{kind}{index // 4}")
+    (images / "labels.csv").write_text("\n".join(lines) + "\n")
+    notices = Notices()
+    setting = gather(
+        images, images / "labels.csv", tmp_path / "split.json",
+        bands=None, value_range=None, seed=0, notices=notices,
+    )  # fmt: skip
+    assert setting.split is not None
+    groups = setting.source.groups
+    held_out = {groups[key] for key in (*setting.split.val, *setting.split.test)}
+    assert held_out
+    assert not held_out & {groups[key] for key in setting.split.train}
+    assert any(key not in setting.source.labels for key in setting.split.train)
+    assert "held out" in " ".join(notices.summary())
+
+
+def test_one_class_is_refused_before_any_work(tmp_path, quick):
+    images = draw(tmp_path / "images", classes=("only",))
+    (images / "labels.csv").write_text(
+        "path,label\n" + "".join(f"only/{i}.png,only\n" for i in range(9))
+    )
+    with pytest.raises(DataError, match="of one class, 'only'"):
+        start(images, images / "labels.csv", NETWORK, tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out" / "recipe.json").exists()
+
+
+def test_overwrite_keeps_the_old_run_until_the_new_one_was_accepted(tmp_path, quick):
+    images = draw(tmp_path / "images")
+    out = tmp_path / "out"
+    start(images, None, NETWORK, out, quiet=True)
+    page = (out / "report" / "index.html").read_text()
+    with pytest.raises(DataError):
+        start(tmp_path / "typo", None, NETWORK, out, quiet=True, overwrite=True)
+    assert (out / "report" / "index.html").read_text() == page

@@ -1,0 +1,76 @@
+"""Is this still the same run? A resumed run must see the same settings, images and start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dino_adapters.contracts import BackboneInfo, CheckpointError
+from dino_adapters.pretrain.intake import Intake
+from dino_adapters.runtime.files import json_digest
+from dino_adapters.runtime.runfolder import RunFolder
+
+# How images are read and how often states are kept does not decide the result.
+FREE = frozenset(
+    {"data.workers", "data.memory_gb", "device", "checkpoint.every_steps", "checkpoint.keep"}
+)
+SHOWN = 6
+
+
+def describe_inputs(intake: Intake, info: BackboneInfo) -> dict[str, Any]:
+    """What a run was fed beside its recipe: number of images, and a digest of all that counts."""
+    content = {
+        "keys": list(intake.keys),
+        "bands": [[band.name, band.low, band.high] for band in intake.bands],
+        "side": intake.side,
+        "mean": list(info.mean),
+        "std": list(info.std),
+        "start": info.digest,
+    }
+    return {"images": len(intake.keys), "digest": json_digest(content)}
+
+
+def check_same_run(folder: RunFolder, recipe: dict[str, Any]) -> None:
+    """Refuses to continue a run under another recipe.
+
+    Raises:
+        CheckpointError: with the settings that differ.
+    """
+    before = flatten(json.loads(folder.recipe_file.read_text(encoding="utf-8")))
+    now = flatten(recipe)
+    changed = [
+        f"{key}: {before.get(key)} -> {now.get(key)}"
+        for key in sorted(before.keys() | now.keys())
+        if key not in FREE and before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{folder.path} holds a run with other settings ({'; '.join(changed[:SHOWN])}"
+            f"{'; …' if len(changed) > SHOWN else ''}). Use the same recipe to continue it, or "
+            "name another folder with --out."
+        )
+
+
+def check_same_inputs(checkpoint: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuses to continue a run on other images or from other start weights.
+
+    Raises:
+        CheckpointError: with the number of images then and now.
+    """
+    if before != now:
+        raise CheckpointError(
+            f"The images or the start weights are not those that {checkpoint} was trained on "
+            f"({before.get('images')} images then, {now['images']} now). Bring the same images "
+            "back to continue, or start anew with another --out."
+        )
+
+
+def flatten(value: Any, path: str = "") -> dict[str, Any]:
+    """Nested settings as `a.b.c` -> value."""
+    if not isinstance(value, dict):
+        return {path: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= flatten(item, f"{path}.{key}" if path else key)
+    return flat
