@@ -117,9 +117,7 @@ def build_network(
     info = _describe(found, network, want, statistics, untrained)
     if info.licence == DINOV3_LICENCE_ID:
         notices.add(DINOV3_LICENCE_NOTE, found.name)
-    # In this layout convolutions run 1.6 times as fast (EfficientNet-Lite0, 96 px, 2 CPU cores).
-    network = network.to(memory_format=torch.channels_last).eval()
-    return network, dataclasses.replace(info, digest=digest_of(network, info))
+    return network.eval(), dataclasses.replace(info, digest=digest_of(network, info))
 
 
 def load_backbone(

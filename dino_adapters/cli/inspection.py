@@ -20,7 +20,7 @@ def as_tables(found: Inspection) -> Iterator[Table]:
             f"Files that cannot be used: {len(found.unreadable)}",
             ("file", "why"),
             found.unreadable[:MOST_ROWS],
-            _more(len(found.unreadable)),
+            _more(len(found.unreadable), all_kept=True),
         )
     if found.exact:
         yield Table(
@@ -63,7 +63,7 @@ def _overview(found: Inspection) -> Table:
 
 def _counts(title: str, name: str, counts: Mapping[str, int]) -> Table:
     rows = tuple((key, f"{count:,}") for key, count in list(counts.items())[:MOST_ROWS])
-    return Table(title, (name, "images"), rows, _more(len(counts)))
+    return Table(title, (name, "images"), rows, _more(len(counts), all_kept=True))
 
 
 def _listed(counts: Mapping[str, int]) -> str:
@@ -72,5 +72,7 @@ def _listed(counts: Mapping[str, int]) -> str:
     return "; ".join(f"{name}: {count:,}" for name, count in counts.items())
 
 
-def _more(total: int, shown: int = MOST_ROWS) -> str:
-    return f"And {total - shown:,} more; --json lists what was kept." if total > shown else ""
+def _more(total: int, shown: int = MOST_ROWS, *, all_kept: bool = False) -> str:
+    if total <= shown:
+        return ""
+    return f"And {total - shown:,} more{'; --json lists them all' if all_kept else ''}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -67,7 +68,11 @@ def inspect(
     from dino_adapters.cli.inspection import as_tables
 
     for table in as_tables(found):
-        screen.show(table)
+        # Title and note as lines: within a narrow table they would be folded to its width.
+        screen.say(table.title)
+        screen.show(replace(table, title="", note=""))
+        if table.note:
+            screen.say(table.note, "")
     if found.suggestions:
         screen.say("What to do:", *(f"- {sentence}" for sentence in found.suggestions))
 

@@ -11,15 +11,15 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from dino_adapters.contracts import DataError, Sample, UnitsError, UnreadableFileError
+from dino_adapters.data.advice import suggest, value_ranges
 from dino_adapters.data.source import ImageSource
-from dino_adapters.data.units import observed_range, suggest_range, valid_pixels
+from dino_adapters.data.units import observed_range, valid_pixels
 from dino_adapters.runtime.console import progress
 
 HAMMING = 3
@@ -85,7 +85,7 @@ class Inspection:
 
 
 @dataclass(frozen=True, slots=True)
-class _Look:
+class Look:
     """What one image leaves behind."""
 
     key: str
@@ -139,6 +139,11 @@ def inspect(
     named = Counter(source.labels[key] for key in source.keys if key in source.labels)
     classes = dict(sorted(named.items(), key=lambda item: (-item[1], item[0])))
     pixels = sum(look.width * look.height for look in good)
+    suggestions = suggest(source, looks, classes, exact=len(exact), near=len(near))
+    if len(good) > MOST_COMPARED:
+        suggestions.append(
+            f"Near duplicates were sought among the first {MOST_COMPARED:,} images only."
+        )
     return Inspection(
         source=source.root.resolve().name,
         count=len(looks),
@@ -148,7 +153,7 @@ def inspect(
         median_side=float(np.median(sides)),
         dtypes=_counted(look.dtype for look in good),
         bands=_counted(", ".join(look.bands) for look in good),
-        ranges=_ranges(good),
+        ranges=value_ranges(good),
         invalid_share=sum(look.invalid for look in good) / pixels,
         classes=classes,
         unlabelled=sum(key not in source.labels for key in source.keys) if classes else 0,
@@ -158,16 +163,16 @@ def inspect(
         near=tuple(near[:max_pairs]),
         near_count=len(near),
         near_method=METHOD,
-        suggestions=tuple(_suggest(source, good, looks, classes, exact, near)),
+        suggestions=tuple(suggestions),
         notices=source.notices.summary(),
     )
 
 
-def _look(source: ImageSource, key: str) -> _Look:
+def _look(source: ImageSource, key: str) -> Look:
     try:
         sample = source.read(key)
     except (UnreadableFileError, UnitsError) as error:
-        return _Look(key, trouble=str(error))
+        return Look(key, trouble=str(error))
     height, width = sample.pixels.shape[-2:]
     valid = valid_pixels(sample)
     seen = observed_range(sample)
@@ -175,7 +180,7 @@ def _look(source: ImageSource, key: str) -> _Look:
     grey = _grey(sample, valid)
     cells = _shrink(grey, 9, 8)
     bits = (cells[:, 1:] > cells[:, :-1]).ravel()
-    return _Look(
+    return Look(
         key,
         digest=source.digest(key),
         width=width,
@@ -210,14 +215,14 @@ def _shrink(grey: np.ndarray, width: int, height: int) -> np.ndarray:
     return np.asarray(small)
 
 
-def _exact(looks: Sequence[_Look]) -> list[tuple[str, ...]]:
+def _exact(looks: Sequence[Look]) -> list[tuple[str, ...]]:
     same: dict[str, list[str]] = defaultdict(list)
     for look in looks:
         same[look.digest].append(look.key)
     return [tuple(keys) for keys in same.values() if len(keys) > 1]
 
 
-def _near(looks: Sequence[_Look]) -> list[tuple[str, str]]:
+def _near(looks: Sequence[Look]) -> list[tuple[str, str]]:
     """Pairs by key order. Compares all with all, in blocks, up to a number that takes seconds."""
     # Equal files are listed elsewhere: one of each stands for all.
     chosen = list({look.digest: look for look in reversed(looks)}.values())[::-1][:MOST_COMPARED]
@@ -237,103 +242,5 @@ def _near(looks: Sequence[_Look]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _ranges(looks: Sequence[_Look]) -> dict[str, tuple[float, float]]:
-    found: dict[str, tuple[float, float]] = {}
-    for look in looks:
-        if look.seen:
-            low, high = found.get(look.dtype, (look.low, look.high))
-            found[look.dtype] = (min(low, look.low), max(high, look.high))
-    return dict(sorted(found.items()))
-
-
 def _counted(names: Any) -> dict[str, int]:
     return dict(sorted(Counter(names).items(), key=lambda item: (-item[1], item[0])))
-
-
-def _suggest(
-    source: ImageSource,
-    good: Sequence[_Look],
-    looks: Sequence[_Look],
-    classes: Mapping[str, int],
-    exact: Sequence[tuple[str, ...]],
-    near: Sequence[tuple[str, str]],
-) -> list[str]:
-    said = []
-    if len(good) < len(looks):
-        said.append(
-            f"{len(looks) - len(good)} of {len(looks)} images cannot be used; they are skipped, "
-            "counted and named in every run."
-        )
-    said.extend(_suggest_units(good))
-    side = int(np.median([min(look.width, look.height) for look in good]))
-    tiny = sum(min(look.width, look.height) < 16 for look in good)
-    if tiny:
-        said.append(f"{tiny} images have a side below 16 pixels, less than most networks' patch.")
-    if side > 256:
-        said.append(
-            f"The median shorter side is {side} pixels. If crops are below 256 pixels, "
-            "data.image_size=256 reads no more than training needs."
-        )
-    said.extend(_suggest_labels(source, classes))
-    if exact:
-        said.append(
-            f"Files that are equal byte for byte: {len(exact)} sets. Remove the copies, or give "
-            "them one group, so that no copy of a training image is tested on."
-        )
-    if near:
-        said.append(
-            f"Pairs that look nearly alike: {len(near)}. Give the images of one place, series or "
-            "upload one group before splitting."
-        )
-    if len(good) > MOST_COMPARED:
-        said.append(f"Near duplicates were sought among the first {MOST_COMPARED:,} images only.")
-    return said
-
-
-def _suggest_units(good: Sequence[_Look]) -> list[str]:
-    said = []
-    bare = [look for look in good if not look.ranged]
-    for dtype, (low, high) in _ranges(bare).items():
-        start, end = suggest_range(dtype, low, high)
-        said.append(
-            f"The {dtype} images hold values from {low:g} to {high:g}, and nothing says which mean "
-            f"0 and 1. Set e.g. data.value_range=[{start:.10g},{end:.10g}]."
-        )
-    numbered = {look.bands for look in good if look.bands[0] == "band1"}
-    for bands in sorted(numbered):
-        said.append(
-            f"Files with {len(bands)} channels do not name them. Set data.bands to a list of "
-            f"{len(bands)} names in the file's order."
-        )
-    kinds = {look.bands for look in good}
-    if len(kinds) > 1:
-        said.append(
-            "The images differ in their bands. Split them into several data sets, unless the "
-            "difference is only grey among RGB."
-        )
-    return said
-
-
-def _suggest_labels(source: ImageSource, classes: Mapping[str, int]) -> list[str]:
-    if not classes:
-        folders = {PurePosixPath(key).parent.name for key in source.keys}
-        if 1 < len(folders) <= 200 and "" not in folders:
-            return [
-                f"No labels were given. If the {len(folders)} folders are classes, set "
-                "data.labels=folder."
-            ]
-        return []
-    said = []
-    most, least = max(classes.values()), min(classes.values())
-    if most >= 10 * least:
-        rare = [name for name, count in classes.items() if count * 10 <= most]
-        said.append(
-            f"The classes are long-tailed ({most} to {least} images; rare: "
-            f"{', '.join(rare[-3:])}). Judge by balanced accuracy and recall per class."
-        )
-    if not source.groups:
-        said.append(
-            "No groups were given. If several images show one place, patient or series, add a "
-            "column group: a split that divides them flatters."
-        )
-    return said

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dino_adapters.contracts import Band, MissingLibraryError, Sample, UnreadableFileError
+from dino_adapters.data.damage import find_damage
 from dino_adapters.data.raster import ORIENTATION_TAG, read_deep_png, upright
 from dino_adapters.data.units import check_names, name_bands
 from dino_adapters.runtime.console import Notices
@@ -61,10 +62,7 @@ class PhotoReader:
         except Exception as error:
             # Decoders raise nearly anything on damaged files (OSError, SyntaxError, struct.error,
             # IndexError, ...); to a user they all mean the same.
-            raise UnreadableFileError(
-                f"{key} cannot be decoded as JPEG, PNG, WebP, GIF or BMP ({error}). Remove it, or "
-                "save it again."
-            ) from error
+            raise UnreadableFileError(_refusal(path, key, error)) from error
         return self._sample(pixels, alpha, key)
 
     def _decode(self, path: Path, key: str) -> tuple[np.ndarray, np.ndarray | None]:
@@ -136,6 +134,19 @@ class PhotoReader:
             valid = alpha > 0
         bands = name_bands(names, pixels.dtype, self.value_range)
         return Sample(key, np.ascontiguousarray(pixels), bands, valid)
+
+
+def _refusal(path: Path, key: str, error: Exception) -> str:
+    plain = find_damage(path, str(error))
+    if plain:
+        return f"{key} {plain}. Remove it, or fetch it again."
+    # Pillow's own words for a format it does not know hold nothing but the path.
+    unknown = isinstance(error, UnidentifiedImageError)
+    why = "it begins like none of them" if unknown else error
+    return (
+        f"{key} cannot be decoded as JPEG, PNG, WebP, GIF or BMP ({why}). Remove it, or save it "
+        "again."
+    )
 
 
 def _array(image: Image.Image) -> np.ndarray:

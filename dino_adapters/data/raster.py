@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from dino_adapters.contracts import Band, Place, Sample, UnitsError, UnreadableFileError
+from dino_adapters.data.damage import find_damage
 from dino_adapters.data.units import check_names, name_bands
 from dino_adapters.runtime.console import Notices
 from dino_adapters.runtime.lookup import READERS, need
@@ -65,9 +66,7 @@ class RasterReader:
                     return self._pages(rasterio, opened, pages, key)
                 return self._sample(opened, key)
         except rasterio.errors.RasterioError as error:
-            raise UnreadableFileError(
-                f"{key} cannot be read as TIFF ({error}). Remove it, or save it again."
-            ) from error
+            raise UnreadableFileError(_refusal(path, key, "TIFF", error)) from error
 
     def _pages(self, rasterio: Any, opened: Any, pages: Sequence[str], key: str) -> Sample:
         """A file of several pages: bands if the user says so, else the first page or a refusal."""
@@ -77,7 +76,8 @@ class RasterReader:
         if self.bands is None or len(self.bands) != len(pages):
             raise UnitsError(
                 f"{key} holds {len(pages)} pages of one channel. If the pages are bands, name all "
-                f"{len(pages)} with data.bands=[...]; if they are images, save each to a file."
+                f"{len(pages)} with data.bands=[...] (for commands: --bands NAME,NAME,...); if "
+                "they are images, save each to a file."
             )
         arrays, valid = [], None
         for page in pages:
@@ -135,7 +135,17 @@ def read_deep_png(path: Path, key: str) -> np.ndarray:
             _check_extent(opened, key)
             return opened.read()
     except rasterio.errors.RasterioError as error:
-        raise UnreadableFileError(f"{key} cannot be decoded as 16-bit PNG ({error}).") from error
+        raise UnreadableFileError(_refusal(path, key, "16-bit PNG", error)) from error
+
+
+def _refusal(path: Path, key: str, kind: str, error: Exception) -> str:
+    plain = find_damage(path, str(error))
+    if plain:
+        return f"{key} {plain}. Remove it, or fetch it again."
+    why = str(error)
+    if "Read failed" in why:  # GDAL: the rest of its words are about itself
+        why = "its pixels are cut off or damaged"
+    return f"{key} cannot be read as {kind} ({why}). Remove it, or save it again."
 
 
 def _open(rasterio: Any, path: Path | str, driver: str | None) -> Any:
@@ -269,6 +279,6 @@ def _check_order(opened: Any, names: Sequence[str | Band], key: str) -> None:
     described = [str(text).strip() for text in opened.descriptions if text]
     if sorted(described) == sorted(given) and described != given:
         raise UnitsError(
-            f"{key} describes its bands as {', '.join(described)}, but data.bands says "
-            f"{', '.join(given)}. Leave data.bands out, or give the file's order."
+            f"{key} describes its bands as {', '.join(described)}, but the bands given "
+            f"are {', '.join(given)}. Leave them out, or give the file's order."
         )

@@ -16,6 +16,9 @@ from dino_adapters.runtime.console import Notices
 from dino_adapters.runtime.files import file_digest
 from dino_adapters.runtime.lookup import READERS
 
+# What recipes hold in the place of a folder that only their user knows.
+_UNNAMED = "give data.source"
+
 
 class SourceSettings(Protocol):
     """The part of a recipe's data section that says where images are and how they are read."""
@@ -128,6 +131,8 @@ def open_source(
     Raises:
         DataError: nothing is there, nothing there is an image, or a table contradicts itself.
     """
+    if str(where).startswith(_UNNAMED):
+        raise DataError("No images were named: add data.source=FOLDER (or --data FOLDER).")
     notices = Notices() if notices is None else notices
     readers = _readers(bands, value_range, notices)
     text, path = str(where), Path(where).expanduser()
@@ -146,7 +151,7 @@ def open_source(
             "with a column path."
         )
     else:
-        raise DataError(f"There is no folder or table {where}. Check data.source.")
+        raise DataError(f"There is no folder or table {where}. Check its spelling.")
     found = read_labels(labels, root, sorted(keys), notices=notices)
     return ImageSource(
         root, keys, readers, labels=found.labels, groups=found.groups, notices=notices
@@ -228,7 +233,7 @@ def _listed(table: Path, readers: Mapping[str, Reader], notices: Notices) -> lis
     keys: dict[str, None] = {}
     others, absent = 0, []
     root = table.parent.resolve()
-    for row in read_table(table):
+    for row in read_table(table, notices=notices):
         path = Path(os.path.normpath(root / row["path"]))
         if not path.is_relative_to(root):
             raise DataError(

@@ -28,6 +28,13 @@ TINY = "values fill under 1 % of value_range; is its unit right?"
 REPLICATED = "grey images shown to an RGB network three times over"
 OTHER_RANGE = "value_range differs from the one the network was trained with"
 
+_USUAL_WHOLE = (
+    (0, 255, "for 8-bit"),
+    (0, 4095, "for 12-bit"),
+    (0, 10000, "for reflectance x 10000"),
+    (0, 65535, "for full 16-bit"),
+)
+_USUAL_REAL = ((0, 1, "for shares of 1"),)
 _GREY = ("grey", "gray")
 _RGB_NAMES = tuple(band.name for band in RGB)
 _WAVELENGTHS = {band.name: band.wavelength_nm for band in RGB}
@@ -79,8 +86,9 @@ def check_names(
     if bands is not None and len(bands) != channels:
         given = ", ".join(band if isinstance(band, str) else band.name for band in bands)
         raise UnitsError(
-            f"{where} has {channels} channel{'s' if channels != 1 else ''}{what}, but data.bands "
-            f"names {len(bands)}: {given}. Give one name per channel, in the file's order."
+            f"{where} has {channels} channel{'s' if channels != 1 else ''}{what}, but "
+            f"{len(bands)} names were given: {given}. Give one name per channel, in the file's "
+            "order: data.bands=[...] (for commands: --bands NAME,NAME,...)."
         )
 
 
@@ -120,7 +128,8 @@ def match_bands(sample_bands: Sequence[Band], wanted_bands: Sequence[Band]) -> t
         spelt = f" {hint}" if hint.startswith("Did") else ""
         raise UnitsError(
             f"{text}{spelt} If they are there under other names, name the {len(there)} channels "
-            f"in the file's order, e.g. data.bands=[{setting}]."
+            f"in the file's order, e.g. data.bands=[{setting}] (for commands: --bands "
+            f"{','.join(example)})."
         )
     return tuple(there.index(name) for name in wanted)
 
@@ -232,24 +241,41 @@ def observed_range(sample: Sample) -> tuple[float, float] | None:
     return float(values.min()), float(values.max())
 
 
-def suggest_range(dtype: str, low: float, high: float) -> tuple[float, float]:
-    """A `value_range` to offer (never to apply) for values of this dtype between low and high."""
-    kind = np.dtype(dtype)
-    if kind.kind == "f" and low >= 0.0 and high <= 1.0:
-        return (0.0, 1.0)
-    if kind == np.uint16:
-        return (0.0, 65535.0)
-    return (math.floor(low), math.ceil(high) if math.ceil(high) > math.floor(low) else low + 1)
+def range_hint(dtype: str, low: float, high: float) -> str:
+    """A sentence that offers a `value_range` for values between low and high; none is ever applied.
+
+    The smallest usual ranges that hold them; where none does, whole numbers around them. Both
+    spellings are given, that of recipes and that of commands.
+    """
+    (start, end, what), *others = _candidates(dtype, low, high)
+    more = "".join(f", [{a:.10g},{b:.10g}] {use}" for a, b, use in others)
+    return (
+        f"Set the range for all images alike, e.g. data.value_range=[{start:.10g},{end:.10g}] "
+        f"{what}{more} (for commands: --value-range {start:.10g},{end:.10g})."
+    )
+
+
+def _candidates(dtype: str, low: float, high: float) -> Sequence[tuple[float, float, str]]:
+    """Ranges that hold the values, the smallest first, and what each is usual for."""
+    whole = np.dtype(dtype).kind in "ui"
+    usual = [
+        (start, end, what)
+        for start, end, what in (_USUAL_WHOLE if whole else _USUAL_REAL)
+        if start <= low and high <= end
+    ]
+    if usual:
+        return usual
+    start, end = math.floor(low), math.ceil(high)
+    return [(start, end if end > start else start + 1, "to hold what was seen")]
 
 
 def _unknown_range(sample: Sample) -> UnitsError:
     dtype, seen = sample.pixels.dtype, observed_range(sample)
     low, high = seen or (0.0, 1.0)
     found = f"with values from {low:g} to {high:g}" if seen else "without one valid pixel"
-    start, end = suggest_range(dtype.name, low, high)
     return UnitsError(
         f"{sample.key} holds {dtype} numbers {found}, and nothing says which of them mean 0 and 1. "
-        f"Set it for all images alike, e.g. data.value_range=[{start:.10g},{end:.10g}]."
+        f"{range_hint(dtype.name, low, high)}"
     )
 
 
@@ -275,6 +301,7 @@ def _compare_ranges(sample: Sample, info: BackboneInfo, notices: Notices | None)
             raise UnitsError(
                 f"{_unknown_range(sample)} The network was trained with {wanted.low:g} to "
                 f"{wanted.high:g}; take data.value_range=[{wanted.low:.10g},{wanted.high:.10g}] "
+                f"(for commands: --value-range {wanted.low:.10g},{wanted.high:.10g}) "
                 "only if these images are in the same unit."
             )
         if not photo and (band.low, band.high) != (wanted.low, wanted.high):

@@ -21,17 +21,23 @@ class Notices:
 
     A fresh one is passed to whoever reads or converts data. `add` logs the first case of each kind
     at once, so that nothing is silent; `summary` gives the final counts for logs and reports.
-    Several threads may add at once.
+    An example that was named before is the same case again and is not counted twice, so that
+    files read in every epoch count once. Several threads may add at once.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     max_examples: int = 5
+    _seen: set[tuple[str, str]] = field(default_factory=set, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def add(self, what: str, example: str = "", count: int = 1) -> None:
         """Notes `count` cases of `what`; the first one is logged."""
         with self._lock:
+            if example:
+                if (what, example) in self._seen:
+                    return
+                self._seen.add((what, example))
             first = what not in self.counts
             self.counts[what] += count
             names = self.examples.setdefault(what, [])

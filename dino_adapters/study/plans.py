@@ -14,7 +14,7 @@ from dino_adapters.recipes.data import DataRecipe
 from dino_adapters.recipes.pretrain import PretrainRecipe
 
 SCRATCH = "vitmicro8"
-SCRATCH_STEPS, CONTINUE_STEPS = 500, 140
+SCRATCH_STEPS, CONTINUE_STEPS = 450, 140
 # Blur and solarise, made for objects of 224 px, remove the textures that small crops consist of.
 MILD: dict[str, Any] = {"blur": (0.0, 0.2, 0.1), "blur_sigma": (0.1, 1.0), "solarize": 0.1}
 
@@ -39,7 +39,7 @@ def scratch_plan(
             "crops": {"global_size": 48 if side < 160 else 64, "local_size": 24, **MILD},
             "objective": {"prototype_norm": 1.0},
             "optim": {"lr": 3e-3, "layer_decay": 1.0, "weight_decay": (0.04, 0.1)},
-            "checkpoint": {"snapshots": 3},
+            "checkpoint": {"snapshots": 2},
             "steps": steps,
             "seed": seed,
         }
@@ -85,7 +85,7 @@ def continue_plan(
             "objective": {"prototype_norm": 1.0, "teacher_temperature": (0.06, 0.06)},
             "optim": {"lr": 1e-3, "weight_decay": (0.04, 0.04)},
             "schedule": {"momentum": (0.996, 1.0)},
-            "checkpoint": {"every_steps": 50, "snapshots": 3},
+            "checkpoint": {"every_steps": 50, "snapshots": 2},
             "steps": steps,
             "seed": seed,
         }

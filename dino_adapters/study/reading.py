@@ -19,7 +19,7 @@ from dino_adapters.runtime.console import Notices
 from dino_adapters.study.fewshot import best_size
 
 LOGGER = logging.getLogger(__name__)
-MOST_PER_CLASS = 40
+MOST_PER_CLASS = 24
 MOST_SIDE = 256  # reading larger images than this takes minutes on a CPU
 
 
@@ -141,7 +141,7 @@ def candidate_sizes(patch_size: int, trained_at: Sequence[int], side: int) -> tu
         side: of the images.
     """
     wanted = [float(size) for size in trained_at]
-    extra = [trained_at[-1] * 0.75, trained_at[-1] * 1.4, float(side), 2.0 * side]
+    extra = [trained_at[-1] * 1.4, float(side), 2.0 * side]
     wanted += [size for size in extra if size <= max(MOST_SIDE, *trained_at)]
     return tuple(sorted({max(1, round(size / patch_size)) * patch_size for size in wanted}))
 
@@ -156,7 +156,7 @@ def keep_readable(split: Split, readable: set[str]) -> Split:
 
 
 def at_most(split: Split, labels: Mapping[str, str], seed: int) -> Split:
-    """The split with at most 40 training images of a class: enough for every draw, quick to read.
+    """The split with at most 24 training images of a class: enough for every draw, quick to read.
 
     Returns:
         A split whose `rule` says so; the same object if nothing had to go.

@@ -176,7 +176,9 @@ def measure(
     pairs = ((names.untrained, names.scratch), (names.frozen, names.continued))
     for pair in pairs:
         infos = [page.networks[name].info for name in pair]
-        sizes = candidate_sizes(infos[1].patch_size, [info.size for info in infos], setting.side)
+        # Random weights were made for no size.
+        trained_at = [info.size for info in infos if info.training.get("weights") != "random"]
+        sizes = candidate_sizes(infos[1].patch_size, trained_at, setting.side)
         for name in pair:
             readings[name] = read_at_best_size(name, page.networks[name], bench, sizes)
     readable = set.intersection(*(set(reading.store.keys) for reading in readings.values()))

@@ -2,6 +2,11 @@
 
 import json
 
+import numpy as np
+from PIL import Image
+
+from dino_adapters.data.audit import METHOD
+
 
 def test_inspect_for_people(run, photos):
     result = run("inspect", photos, "--labels", "folder", "--quiet")
@@ -9,6 +14,26 @@ def test_inspect_for_people(run, photos):
     for words in ("37", "40 x 32", "uint8", "red, green, blue", "broken.png", "Classes"):
         assert words in result.stdout
     assert "What to do:" in result.stdout
+
+
+def test_inspect_says_titles_and_method_in_one_line(run, tmp_path):
+    coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 6), dtype=np.uint8))
+    smooth = coarse.resize((60, 50), Image.Resampling.BICUBIC)
+    smooth.save(tmp_path / "a.png")
+    smooth.save(tmp_path / "b.jpg", quality=80)
+    lines = run("inspect", tmp_path, "--quiet").stdout.splitlines()
+    assert "Pairs that look alike: 1" in lines
+    assert f"Method: {METHOD}." in lines
+
+
+def test_inspect_names_the_options_of_the_command(run, tmp_path):
+    Image.fromarray(np.full((40, 40), 2999, np.uint16)).save(tmp_path / "a.png")
+    shown = run("inspect", tmp_path, "--quiet").stdout
+    assert "data.value_range=[0,4095] for 12-bit" in shown
+    assert "--value-range 0,4095" in shown
+    assert (
+        "--value-range" not in run("inspect", tmp_path, "--quiet", "--value-range", "0,4095").stdout
+    )
 
 
 def test_inspect_for_machines(run, photos):

@@ -10,8 +10,10 @@ from PIL import Image
 
 from dino_adapters.contracts import DataError
 from dino_adapters.data import audit
+from dino_adapters.data.advice import MOST_UNREADABLE
 from dino_adapters.data.audit import inspect
 from dino_adapters.data.source import open_source
+from dino_adapters.recipes.data import DataRecipe
 
 
 def said(found: audit.Inspection, word: str) -> list[str]:
@@ -55,8 +57,19 @@ def test_unreadable_files_are_named_with_the_reason(photos: Path):
     (photos / "cat" / "cat1.png").write_bytes(b"<html>")
     found = inspect(open_source(photos))
     assert [key for key, _ in found.unreadable] == ["cat/cat1.png"]
-    assert "cannot be decoded" in found.unreadable[0][1]
-    assert said(found, "1 of 12 images cannot be used")
+    assert found.unreadable[0][1].startswith("cat/cat1.png is text, not an image")
+    assert said(found, "1 of 12 images cannot be used (cat/cat1.png); they are skipped")
+
+
+def test_more_unreadable_files_than_runs_allow(photos: Path):
+    for number in range(4):
+        (photos / "cat" / f"cat{number}.png").write_bytes(b"")
+    found = inspect(open_source(photos))
+    (sentence,) = said(found, "4 of 12 images cannot be used")
+    assert "cat/cat2.png and 1 more" in sentence
+    assert "33 %. Runs stop above 10 %" in sentence
+    assert "data.max_unreadable=0.34" in sentence
+    assert DataRecipe(source="x").max_unreadable == MOST_UNREADABLE
 
 
 def test_only_unreadable_files_are_refused(tmp_path: Path):
@@ -105,7 +118,7 @@ class TestDuplicates:
         picture = chance.normal(size=(16, 16)).astype(np.float16)
         hashes = [int(chance.integers(0, 16)) for _ in range(700)]  # more than one block
         looks = [
-            audit._Look(f"{at:03d}", digest=str(at), thumbnail=picture, gradient=value << 60)
+            audit.Look(f"{at:03d}", digest=str(at), thumbnail=picture, gradient=value << 60)
             for at, value in enumerate(hashes)
         ]
         monkeypatch.setattr(audit, "HAMMING", 1)
@@ -122,14 +135,19 @@ class TestSuggestions:
     def test_sixteen_bits_ask_for_a_range(self, tmp_path: Path):
         Image.fromarray(np.array([[3, 4000]] * 9, np.uint16)).save(tmp_path / "a.png")
         found = inspect(open_source(tmp_path))
-        assert said(found, "data.value_range=[0,65535]")
+        (sentence,) = said(found, "values from 3 to 4000")
+        assert "data.value_range=[0,4095] for 12-bit, [0,10000] for reflectance" in sentence
+        assert "--value-range 0,4095" in sentence
         assert said(found, "side below 16 pixels")
         assert found.ranges == {"uint16": (3.0, 4000.0)}
         assert not said(inspect(open_source(tmp_path, value_range=(0, 4095))), "value_range")
 
     def test_nameless_channels_ask_for_names(self, tmp_path: Path, save_tiff):
         save_tiff(tmp_path / "a.tif", np.ones((4, 20, 20), np.uint8))
-        assert said(inspect(open_source(tmp_path)), "data.bands to a list of 4 names")
+        (sentence,) = said(inspect(open_source(tmp_path)), "Files with 4 channels")
+        assert "called band1 to band4 unless you do" in sentence
+        assert "data.bands=[...] with 4 names" in sentence
+        assert "--bands" in sentence
 
     def test_mixed_bands_are_said(self, photos: Path):
         Image.new("L", (20, 20)).save(photos / "grey.png")
@@ -138,6 +156,21 @@ class TestSuggestions:
     def test_class_folders_are_offered(self, photos: Path):
         assert said(inspect(open_source(photos)), "data.labels=folder")
         assert not said(inspect(open_source(photos, labels="folder")), "data.labels=folder")
+
+    def test_one_class_is_too_few(self, photos: Path):
+        found = inspect(open_source(f"{photos}/cat*/*.png", labels="folder"))
+        assert said(found, "only one class (cat): fit, evaluate and start need two classes")
+        assert not said(inspect(open_source(photos, labels="folder")), "only one class")
+
+    def test_single_images_are_never_tested(self, photos: Path):
+        for number in range(1, 4):
+            (photos / "owl" / f"owl{number}.png").unlink()
+        found = inspect(open_source(photos, labels="folder"))
+        assert said(found, "The class owl has a single image: it can only train, it is never")
+        for number in range(1, 4):
+            (photos / "dog" / f"dog{number}.png").unlink()
+        found = inspect(open_source(photos, labels="folder"))
+        assert said(found, "2 classes have a single image (dog, owl)")
 
     def test_long_tails_are_said(self, photos: Path, chance: np.random.Generator):
         for number in range(4, 45):

@@ -45,8 +45,10 @@ class TestReadLabels:
         notices = Notices()
         found = read_labels(table, tmp_path, KEYS, notices=notices)
         assert found.labels == {"cat/1.png": "cat"}
-        assert notices.counts["rows of the label table without an image"] == 1
-        assert notices.counts["images without a label"] == 2
+        assert notices.summary() == (
+            "1 of 3 rows of the label table have no image (1×): cat/9.png",
+            "2 of 3 images have no label (2×): cat/2.png, dog/1.png",
+        )
 
     def test_contradictions_are_refused(self, tmp_path: Path):
         table = write(tmp_path / "l.csv", "path,label\ncat/1.png,cat\ncat/1.png,dog\n")
@@ -55,8 +57,39 @@ class TestReadLabels:
 
     def test_a_table_of_other_images_is_refused(self, tmp_path: Path):
         table = write(tmp_path / "l.csv", "path,label\nx.png,cat\n")
-        with pytest.raises(DataError, match=r"No row of .*first path: x\.png"):
+        with pytest.raises(DataError, match=r"table says 'x\.png', .*folder holds 'cat/1\.png'"):
             read_labels(table, tmp_path, KEYS)
+
+    def test_tables_without_a_label_are_refused(self, tmp_path: Path):
+        with pytest.raises(DataError, match="a header and no rows"):
+            read_labels(write(tmp_path / "l.csv", "path,label\n"), tmp_path, KEYS)
+        with pytest.raises(DataError, match="Fill the column label"):
+            read_labels(write(tmp_path / "l.csv", "path,label\ncat/1.png, \n"), tmp_path, KEYS)
+
+    @pytest.mark.parametrize("prefix", ["photos/", "./photos/", "", "{root}/", "{link}/"])
+    @pytest.mark.parametrize("where", ["absolute", "relative", "link"])
+    def test_a_table_beside_the_folder(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str, where: str
+    ):
+        root = tmp_path / "photos"
+        for key in KEYS:
+            write(root / key, "")
+        link = tmp_path / "link"
+        link.symlink_to(root, target_is_directory=True)
+        start = prefix.format(root=root, link=link)
+        write(tmp_path / "l.csv", "path,label\n" + "".join(f"{start}{k},{k[:3]}\n" for k in KEYS))
+        monkeypatch.chdir(tmp_path)
+        table, given = {
+            "absolute": (tmp_path / "l.csv", root),
+            "relative": (Path("l.csv"), Path("photos")),
+            "link": (Path("l.csv"), Path("link")),
+        }[where]
+        assert read_labels(table, given, KEYS).labels == {key: key[:3] for key in KEYS}
+
+    def test_a_folder_whose_name_begins_alike_is_another(self, tmp_path: Path):
+        table = write(tmp_path / "l.csv", "path,label\nphotos2/cat/1.png,cat\n")
+        with pytest.raises(DataError, match="No row of"):
+            read_labels(table, tmp_path / "photos", KEYS)
 
 
 class TestReadTable:
@@ -64,6 +97,23 @@ class TestReadTable:
         table = tmp_path / "t.csv"
         table.write_bytes(b"\xef\xbb\xbfpath, label\r\ncat\\1.png,cat\r\n")
         assert read_table(table, needed=("label",))[0]["path"] == "cat/1.png"
+
+    @pytest.mark.parametrize("mark", [",", ";", "\t"])
+    @pytest.mark.parametrize("start", ["", "\ufeff"])
+    @pytest.mark.parametrize("quote", ["", '"'])
+    def test_separators_of_spreadsheets(self, tmp_path: Path, mark: str, start: str, quote: str):
+        lines = (("path", "label"), ("a.png", "x, y" if mark != "," else "x"))
+        text = "\r\n".join(mark.join(f"{quote}{cell}{quote}" for cell in line) for line in lines)
+        notices = Notices()
+        table = write(tmp_path / "t.csv", start + text)
+        for _ in range(2):
+            rows = read_table(table, needed=("label",), notices=notices)
+            assert rows == [{"path": "a.png", "label": lines[1][1]}]
+        assert sum(notices.counts.values()) == (mark != ",")
+
+    def test_semicolons_in_a_table_of_commas_stay(self, tmp_path: Path):
+        table = write(tmp_path / "t.csv", "path,note;more\na.png,b;c\n")
+        assert read_table(table) == [{"path": "a.png", "note;more": "b;c"}]
 
     def test_image_counts_as_path(self, tmp_path: Path):
         assert read_table(write(tmp_path / "t.csv", "image,split\na.png,train\n")) == [

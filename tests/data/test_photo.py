@@ -124,7 +124,7 @@ class TestFormats:
     def test_wrong_number_of_names_is_refused(self, tmp_path: Path):
         Image.new("RGB", (3, 3)).save(tmp_path / "a.png")
         with pytest.raises(
-            UnitsError, match=r"a\.png has 3 channels, but data\.bands names 2: x, y"
+            UnitsError, match=r"a\.png has 3 channels, but 2 names were given: x, y"
         ):
             read(tmp_path / "a.png", bands=["x", "y"])
 
@@ -229,15 +229,26 @@ class TestDamage:
             held = io.BytesIO()
             image.save(held, {"jpg": "jpeg"}.get(suffix, suffix))
             (tmp_path / f"a.{suffix}").write_bytes(held.getvalue()[: len(held.getvalue()) // 2])
-            with pytest.raises(UnreadableFileError, match=f"a.{suffix} cannot be decoded"):
+            with pytest.raises(UnreadableFileError, match=f"a.{suffix} is cut off"):
                 read(tmp_path / f"a.{suffix}")
 
     @pytest.mark.parametrize(
-        "content", [b"", b"<!DOCTYPE html><html></html>", b"\x89PNG\r\n\x1a\n"]
+        ("content", "reason"),
+        [
+            (b"", r"is empty \(0 bytes\)"),
+            (
+                b"<!DOCTYPE html>\n<html></html>",
+                r"is text, not an image \(it begins '<!DOCTYPE html",
+            ),
+            ("Größe ".encode() * 200, "is text, not an image"),
+            ("not here".encode("utf-16"), "is text, not an image"),
+            (b"\x89PNG\r\n\x1a\n", "is cut off"),
+            (bytes(range(256)), r"cannot be decoded as .* \(it begins like none of them"),
+        ],
     )
-    def test_other_content_is_refused(self, tmp_path: Path, content: bytes):
+    def test_other_content_is_refused(self, tmp_path: Path, content: bytes, reason: str):
         (tmp_path / "a.jpg").write_bytes(content)
-        with pytest.raises(UnreadableFileError, match=r"a\.jpg cannot be decoded"):
+        with pytest.raises(UnreadableFileError, match=rf"a\.jpg {reason}"):
             read(tmp_path / "a.jpg")
 
     def test_tiff_under_another_name_is_refused(self, tmp_path: Path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -254,8 +255,14 @@ class TestRefusals:
         path.write_bytes(path.read_bytes()[:4000])
         (tmp_path / "b.tif").write_bytes(b"")
         Image.new("RGB", (4, 4)).save(tmp_path / "c.tif", "png")
-        for name in ("a.tif", "b.tif", "c.tif"):
-            with pytest.raises(UnreadableFileError, match=f"{name} cannot be read as TIFF"):
+        (tmp_path / "d.tif").write_bytes(b"<html>")
+        for name, reason in (
+            ("a.tif", "cannot be read as TIFF (its pixels are cut off or damaged)"),
+            ("b.tif", "is empty"),
+            ("c.tif", "cannot be read as TIFF"),
+            ("d.tif", "is text, not an image (it begins '<html>')"),
+        ):
+            with pytest.raises(UnreadableFileError, match=re.escape(f"{name} {reason}")):
                 read(tmp_path / name)
 
     def test_huge_files_are_refused_before_they_are_read(self, tmp_path: Path, save_tiff: Save):

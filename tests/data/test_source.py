@@ -69,6 +69,8 @@ class TestFolder:
     def test_nothing_to_read_is_refused(self, tmp_path: Path):
         with pytest.raises(DataError, match="There is no folder or table"):
             open_source(tmp_path / "nowhere")
+        with pytest.raises(DataError, match=r"No images were named: add data\.source=FOLDER"):
+            open_source("give data.source=FOLDER")
         with pytest.raises(DataError, match="holds no files"):
             open_source(tmp_path)
         (tmp_path / "a.txt").touch()
@@ -99,6 +101,19 @@ class TestPatternAndTable:
         assert source.labels == {"cat/cat0.png": "cat", "dog/dog1.png": "dog"}
         assert source.read("dog/dog1.png").group == "a"
         assert notices.counts["images listed more than once in the table, taken once"] == 1
+
+    def test_a_table_of_a_spreadsheet(self, photos: Path):
+        text = "path;label\r\ncat/cat0.png;cat\r\ndog/dog0.png;dog\r\n"
+        (photos / "list.csv").write_text(text, encoding="utf-8-sig", newline="")
+        notices = Notices()
+        source = open_source(photos / "list.csv", notices=notices)
+        assert source.labels == {"cat/cat0.png": "cat", "dog/dog0.png": "dog"}
+        (line,) = notices.summary()
+        assert line.startswith("tables whose cells are separated by semicolons, read as such (1×)")
+
+    def test_absolute_rows_below_the_table(self, photos: Path):
+        (photos / "list.csv").write_text(f"path,label\n{photos}/cat/cat0.png,cat\n")
+        assert open_source(photos / "list.csv").labels == {"cat/cat0.png": "cat"}
 
     def test_table_without_labels(self, photos: Path):
         (photos / "list.csv").write_text("path\ncat/cat0.png\n")

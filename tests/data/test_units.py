@@ -62,22 +62,14 @@ class TestToRange:
     @pytest.mark.parametrize(
         ("pixels", "found", "example"),
         [
-            (
-                np.array([[[3, 4000]]], np.uint16),
-                ("uint16", "3 to 4000"),
-                "0,65535",
-            ),
+            (np.array([[[3, 4000]]], np.uint16), ("uint16", "3 to 4000"), "0,4095"),
+            (np.array([[[0, 255]]], np.uint16), ("uint16", "0 to 255"), "0,255"),
+            (np.array([[[5, 4096]]], np.int32), ("int32", "5 to 4096"), "0,10000"),
+            (np.array([[[5, 10001]]], np.uint16), ("uint16", "5 to 10001"), "0,65535"),
+            (np.array([[[5, 65536]]], np.uint32), ("uint32", "5 to 65536"), "5,65536"),
             (np.array([[[-7, 9]]], np.int16), ("int16", "-7 to 9"), "-7,9"),
-            (
-                np.array([[[0.1, 0.9]]], np.float32),
-                ("float32", "0.1 to 0.9"),
-                "0,1",
-            ),
-            (
-                np.array([[[0.5, 7.2]]], np.float64),
-                ("float64", "0.5 to 7.2"),
-                "0,8",
-            ),
+            (np.array([[[0.1, 0.9]]], np.float32), ("float32", "0.1 to 0.9"), "0,1"),
+            (np.array([[[0.5, 7.2]]], np.float64), ("float64", "0.5 to 7.2"), "0,8"),
         ],
     )
     def test_everything_else_is_refused_with_an_example(
@@ -87,6 +79,7 @@ class TestToRange:
             to_range(sample_of(pixels, ["grey"]))
         assert f"{found[0]} numbers with values from {found[1]}" in str(caught.value)
         assert f"data.value_range=[{example}]" in str(caught.value)
+        assert f"--value-range {example})" in str(caught.value)
 
     def test_each_band_has_its_own_range(self):
         bands = (Band("a", "relative", None, 0.0, 10.0), Band("b", "relative", None, -1.0, 1.0))

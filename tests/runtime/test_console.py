@@ -24,8 +24,16 @@ def test_each_kind_is_said_once_and_counted(caplog):
 def test_threads_lose_no_count():
     notices = Notices()
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: notices.add("seen", str(i % 3)), range(4000)))
-    assert notices.counts["seen"] == 4000
+        list(pool.map(lambda i: notices.add("seen", str(i)), range(4000)))
+        list(pool.map(lambda _: notices.add("clipped", count=2), range(1000)))
+    assert notices.counts == {"seen": 4000, "clipped": 2000}
+
+
+def test_the_same_file_counts_once():
+    notices = Notices()
+    for _ in range(3):
+        notices.add("clipped", "a.tif", 7)
+    assert notices.summary() == ("clipped (7×): a.tif, …",)
 
 
 @pytest.mark.parametrize(
