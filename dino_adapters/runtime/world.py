@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
-
 import contextlib
+import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -56,11 +56,12 @@ def repeatable(device: torch.device) -> Iterator[None]:
         yield
         return
     before = torch.are_deterministic_algorithms_enabled()
-    filling = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    filling = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and mends nothing here
+    settings.fill_uninitialized_memory = False  # costs time and mends nothing here
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = filling
+        settings.fill_uninitialized_memory = filling

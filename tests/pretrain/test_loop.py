@@ -215,3 +215,21 @@ def test_no_home_folder_or_host_reaches_the_run_folder(tiny, tmp_path):
         "packages",
         "started",
     }
+
+
+@pytest.mark.slow
+def test_several_threads_repeat_to_the_bit(tiny, tmp_path):
+    """Gradients of a network this size are summed by several threads."""
+    recipe = tiny(
+        crops={"global_size": 96, "local_size": 64}, optim={"batch_size": 16}, steps=5
+    ).model_copy(update={"model": ModelRecipe(source="tf_efficientnet_lite0")})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first, second = (
+            weights(pretrain(recipe, RunFolder(tmp_path / name), quiet=True)) for name in "ab"
+        )
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(first[name], tensor) for name, tensor in second.items())
+    assert not torch.are_deterministic_algorithms_enabled()
