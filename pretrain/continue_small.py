@@ -1,8 +1,8 @@
 """A small public network continued on unlabelled images: DINO and KoLeo, without iBOT for a CNN.
 
 Command:  dino-adapters pretrain pretrain/continue_small.py data.source=FOLDER --out runs/continued
-Hardware: 2 CPU cores; memory below 3 GB.
-Time:     about 10 minutes for images of 160 px and more.
+Hardware: 2 CPU cores.
+Time:     not measured at this crop size; 180 steps of 96 px crops took 2 min 45 s in the demo.
 Reached:  see pretrain/README.md. Needs the extra `demo` for its start weights, or
           model.source=ANY_NETWORK.
 """

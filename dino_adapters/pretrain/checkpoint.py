@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from dino_adapters.contracts import CheckpointError
 from dino_adapters.pretrain.learner import SelfDistillation
 from dino_adapters.runtime.files import write_json
 
-LOGGER = logging.getLogger(__name__)
 STATE, META = "state.pt", "meta.json"
 
 

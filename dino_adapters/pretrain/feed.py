@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +14,6 @@ from dino_adapters.contracts import DataError, UnreadableFileError
 from dino_adapters.runtime.chance import generator, numpy_generator
 from dino_adapters.runtime.console import Notices
 
-LOGGER = logging.getLogger(__name__)
 AHEAD = 2  # batches decoded while the device works on the present one
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -32,7 +31,6 @@ from dino_adapters.study.shot_table import FewShotTable
 if TYPE_CHECKING:
     from dino_adapters.study.trained import Names
 
-LOGGER = logging.getLogger(__name__)
 PICTURES, QUERIES, FOUND = 6, 4, 5
 LOOKS = 300  # images looked at to choose the pictures
 PICTURE_SIDE = 224  # maps are drawn from images of about this many pixels
