@@ -138,7 +138,7 @@ class KeyMaskedLinear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with rotary positions."""
+    """Multi-head self-attention, with rotary positions where it is given tables of them."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -150,18 +150,20 @@ class Attention(nn.Module):
             self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias)
         self.proj = nn.Linear(dim, dim, bias=config.proj_bias)
 
-    def _heads(self, x: Tensor, tables: Tables) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, x: Tensor, tables: Tables | None) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated q, rotated k, and v, each `(B, heads, T, d)`."""
         parts = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = parts.unbind(0)
+        if tables is None:
+            return q, k, v
         return rotate(q, tables), rotate(k, tables), v
 
-    def forward(self, x: Tensor, tables: Tables) -> Tensor:
+    def forward(self, x: Tensor, tables: Tables | None) -> Tensor:
         """Attention of all tokens to all tokens.
 
         Args:
             x: `(B, T, D)`, T = prefix + N.
-            tables: Rotations of the N patches.
+            tables: Rotations of the N patches; None rotates nothing.
 
         Returns:
             `(B, T, D)`.
@@ -169,19 +171,19 @@ class Attention(nn.Module):
         mixed = F.scaled_dot_product_attention(*self._heads(x, tables))
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
-    def cls_weights(self, x: Tensor, tables: Tables) -> Tensor:
-        """How the first token spreads its attention over the patches.
+    def cls_weights(self, x: Tensor, tables: Tables | None) -> Tensor:
+        """How the first token spreads its attention.
 
         Args:
-            x: `(B, T, D)`.
-            tables: Rotations of the N patches.
+            x: `(B, T, D)`, T = prefix + N.
+            tables: Rotations of the N patches; None rotates nothing.
 
         Returns:
-            `(B, heads, N)`; a row sums to 1 minus what the prefix tokens receive.
+            `(B, heads, T)`; a row sums to 1.
         """
         q, k, _ = self._heads(x, tables)
         scores = (q[:, :, :1] * q.shape[-1] ** -0.5) @ k.mT
-        return scores.softmax(-1)[:, :, 0, -len(tables[0]) :]
+        return scores.softmax(-1)[:, :, 0]
 
 
 class MLP(nn.Module):
@@ -229,13 +231,13 @@ class Block(nn.Module):
         )
 
     def forward(
-        self, groups: Sequence[Tensor], tables: Sequence[Tables], draws: Draws
+        self, groups: Sequence[Tensor], tables: Sequence[Tables | None], draws: Draws
     ) -> list[Tensor]:
         """One block over all groups of crops.
 
         Args:
             groups: `(b_i, T_i, D)` each.
-            tables: Rotations of each group's patches.
+            tables: Rotations of each group's patches; None where positions are learned.
             draws: Asked for a permutation per group for attention, then per group for the
                 feed-forward, in train mode with `drop_path` above 0.
 

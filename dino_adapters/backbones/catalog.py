@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dino_adapters.backbones.config import ConvNeXtConfig, ViTConfig
 from dino_adapters.contracts import IMAGENET_MEAN, IMAGENET_STD
+
+_DINO: dict[str, Any] = {
+    "depth": 12,
+    "registers": 0,
+    "mask_k_bias": False,
+    "norm_eps": 1e-6,
+    "positions": "learned",
+}
+_DINOV2 = {**_DINO, "patch_size": 14, "position_grid": 37}
+"""Published for 518 pixels, which are 37 patches a side."""
 
 CATALOG: dict[str, ViTConfig | ConvNeXtConfig] = {
     # Made for minutes: at DINOv3's gain of 1e-5 its blocks hardly act within some hundred steps.
@@ -28,12 +38,17 @@ CATALOG: dict[str, ViTConfig | ConvNeXtConfig] = {
         qkv_bias=False,
         untie_local_cls_norm=True,
     ),
+    "vits16_dino": ViTConfig(embed_dim=384, num_heads=6, layerscale=None, **_DINO),
+    "vits14_dinov2": ViTConfig(embed_dim=384, num_heads=6, **_DINOV2),
+    "vitb14_dinov2": ViTConfig(embed_dim=768, num_heads=12, **_DINOV2),
     "cnx_tiny": ConvNeXtConfig(),
     "cnx_small": ConvNeXtConfig(depths=(3, 3, 27, 3)),
     "cnx_base": ConvNeXtConfig(depths=(3, 3, 27, 3), dims=(128, 256, 512, 1024)),
     "cnx_large": ConvNeXtConfig(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536)),
 }
-"""Ours (`vitmicro8`, `vittiny16`) are small enough for a CPU; the others are DINOv3's sizes."""
+"""Ours (`vitmicro8`, `vittiny16`) are small enough for a CPU; names that end in `_dino` (arXiv
+2104.14294) and `_dinov2` (arXiv 2304.07193) have learned positions; the others are DINOv3's sizes.
+"""
 
 DINOV3_LICENCE_NOTE = (
     "These weights come from Meta's DINOv3 release and stay under the DINOv3 License "

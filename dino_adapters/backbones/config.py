@@ -10,7 +10,10 @@ from dino_adapters.contracts import RecipeError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ViTConfig:
-    """A DINOv3 vision transformer (arXiv 2508.10104, section 3.2 and its model table)."""
+    """A vision transformer as DINOv3 has it (arXiv 2508.10104, section 3.2 and its model table).
+
+    With learned positions it is that of DINO (arXiv 2104.14294) or DINOv2 (arXiv 2304.07193).
+    """
 
     embed_dim: int
     depth: int
@@ -36,6 +39,10 @@ class ViTConfig:
     """A final norm of its own (`cls_norm`) for CLS and registers."""
     untie_local_cls_norm: bool = False
     """A final norm (`local_cls_norm`) for CLS and registers of local crops, in training only."""
+    positions: Literal["rope", "learned"] = "rope"
+    """Rotary ones in every block, or a learned table that is added once, before the blocks."""
+    position_grid: int = 14
+    """Patches per side of the learned table; other grids read it resampled. Unused with rope."""
     rope_base: float | None = 100.0
     rope_min_period: float | None = None
     rope_max_period: float | None = None
@@ -49,6 +56,11 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         """Refuses sizes that cannot be built."""
+        if self.positions not in ("rope", "learned"):
+            raise RecipeError(f"positions is '{self.positions}'. Give 'rope' or 'learned'.")
+        if self.positions == "learned":
+            self._check_learned()
+            return
         if self.embed_dim % self.num_heads or (self.embed_dim // self.num_heads) % 4:
             raise RecipeError(
                 f"embed_dim {self.embed_dim} with {self.num_heads} heads gives heads of "
@@ -60,6 +72,18 @@ class ViTConfig:
             raise RecipeError(
                 f"rope_base is {self.rope_base} and the periods are {periods}. Give either "
                 "rope_base, or both rope_min_period and rope_max_period."
+            )
+
+    def _check_learned(self) -> None:
+        if self.embed_dim % self.num_heads:
+            raise RecipeError(
+                f"embed_dim {self.embed_dim} does not divide into {self.num_heads} heads. Change "
+                "embed_dim or num_heads."
+            )
+        if self.position_grid < 1:
+            raise RecipeError(
+                f"position_grid is {self.position_grid}. Give the patches per side of the learned "
+                "table, e.g. 14 for 224 pixels in patches of 16."
             )
 
 

@@ -16,6 +16,11 @@ from dino_adapters.backbones.convert_convnext import (
     timm_convnext_to_ours,
     transformers_convnext_to_ours,
 )
+from dino_adapters.backbones.convert_learned import (
+    has_learned_positions,
+    ours_to_timm_learned,
+    timm_learned_to_ours,
+)
 from dino_adapters.backbones.convert_vit import (
     State,
     count_names,
@@ -43,11 +48,16 @@ _TO_OURS: dict[tuple[Library, Family], Callable[[Mapping[str, Tensor]], State]] 
 
 
 def recognise(state: Mapping[str, Tensor]) -> tuple[Library, Family] | None:
-    """Whose names these are; our own count as official. None: no DINOv3 network."""
+    """Whose names these are; our own count as official. None: no network of this family.
+
+    With learned positions a mask token tells ours and DINOv2's from timm's and DINO's.
+    """
     keys = set(state)
     prefixed = {key.removeprefix("model.") for key in keys}
     if "embeddings.patch_embeddings.weight" in keys:
         return "transformers", "vit"
+    if has_learned_positions(state):
+        return ("official" if "mask_token" in keys else "timm"), "vit"
     if "patch_embed.proj.weight" in keys and "pos_embed" not in keys:
         if keys & {"mask_token", "rope_embed.periods", "storage_tokens", "register_tokens"}:
             return "official", "vit"
@@ -67,6 +77,8 @@ def to_ours(state: Mapping[str, Tensor], layout: tuple[Library, Family]) -> Stat
     Raises:
         WeightsError: a tensor has no place in our networks.
     """
+    if layout == ("timm", "vit") and "pos_embed" in state:
+        return timm_learned_to_ours(state)
     return _TO_OURS[layout](state)
 
 
@@ -76,7 +88,10 @@ def to_timm(state: Mapping[str, Tensor], family: Family) -> State:
     Raises:
         WeightsError: timm's network has no place for one.
     """
-    made = ours_to_timm_vit(state) if family == "vit" else ours_to_timm_convnext(state)
+    if family == "convnext":
+        made = ours_to_timm_convnext(state)
+    else:
+        made = (ours_to_timm_learned if "pos_embed" in state else ours_to_timm_vit)(state)
     return {k: v.contiguous() for k, v in made.items() if v.numel()}
 
 

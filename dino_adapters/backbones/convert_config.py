@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dino_adapters.backbones.config import ConvNeXtConfig, ViTConfig
 from dino_adapters.backbones.convert import Family, recognise, to_ours
+from dino_adapters.backbones.convert_learned import LEARNED_TAG
 from dino_adapters.backbones.infer import infer_convnext, infer_vit
 from dino_adapters.contracts import WeightsError
 
@@ -18,16 +19,20 @@ TRANSFORMERS_TYPES: dict[str, Family] = {"dinov3_vit": "vit", "dinov3_convnext":
 def config_of_timm(module: nn.Module) -> ViTConfig | ConvNeXtConfig | None:
     """Our config of a timm network, by its weights' shapes; None if it is no DINOv3.
 
+    Of timm's plain vision transformers only those that we exported are ours again: timm resamples
+    learned positions in another way, so that a published one would change its features.
+
     Works on the meta device too, so that nothing need be allocated to ask.
     """
     facts: dict[str, Any] = getattr(module, "pretrained_cfg", None) or {}
     architecture = str(facts.get("architecture", ""))
     is_vit = type(module).__name__ == "Eva" and "dinov3" in architecture
+    is_plain = type(module).__name__ == "VisionTransformer" and facts.get("tag") == LEARNED_TAG
     is_convnext = type(module).__name__ == "ConvNeXt" and "dinov3" in str(facts.get("tag"))
-    if not (is_vit or is_convnext):
+    if not (is_vit or is_plain or is_convnext):
         return None
     state = timm_state(module)
-    layout = ("timm", "vit" if is_vit else "convnext")
+    layout = ("timm", "convnext" if is_convnext else "vit")
     if recognise(state) != layout:
         return None
     try:
@@ -37,16 +42,11 @@ def config_of_timm(module: nn.Module) -> ViTConfig | ConvNeXtConfig | None:
     if is_convnext:
         return infer_convnext(ours)
     network: Any = module
-    base, augmented = rope_of_timm(network)
-    return infer_vit(
-        ours,
-        {
-            "num_heads": network.blocks[0].attn.num_heads,
-            "norm_eps": network.norm.eps,
-            "rope_base": base,
-            **augmented,
-        },
-    )
+    told = {"num_heads": network.blocks[0].attn.num_heads, "norm_eps": network.norm.eps}
+    if is_vit:
+        base, augmented = rope_of_timm(network)
+        told |= {"rope_base": base, **augmented}
+    return infer_vit(ours, told)
 
 
 def timm_state(module: nn.Module) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dino_adapters.backbones.config import ConvNeXtConfig, ViTConfig
+from dino_adapters.backbones.positions import table_side
 from dino_adapters.contracts import RecipeError, WeightsError
 from dino_adapters.runtime.lookup import nearest
 
@@ -30,7 +31,8 @@ def infer_vit(state: Mapping[str, Tensor], changes: Mapping[str, Any] | None = N
 
     Not in a file, and therefore assumed: LayerNorm's eps (1e-5, as published), the augmentation of
     positions (rescale 2), the layerscale's start. The number of heads follows from the rope
-    periods where they are kept, else from heads of 64 channels (128 for a width of 4096).
+    periods where they are kept, else from heads of 64 channels (128 for a width of 4096). A table
+    of learned positions means DINO or DINOv2: eps 1e-6, and biases of the key that act.
 
     Args:
         state: Tensors by our names.
@@ -50,6 +52,7 @@ def infer_vit(state: Mapping[str, Tensor], changes: Mapping[str, Any] | None = N
     registers = state.get("register_tokens")
     bias = state.get("blocks.0.attn.qkv.bias")
     mask = state.get("blocks.0.attn.qkv.bias_mask")
+    table = state.get("pos_embed")
     swiglu = "blocks.0.mlp.w1.weight" in state
     hidden = _size(state, "blocks.0.mlp.w1.weight" if swiglu else "blocks.0.mlp.fc1.weight")
     changes = dict(changes or {})
@@ -65,7 +68,9 @@ def infer_vit(state: Mapping[str, Tensor], changes: Mapping[str, Any] | None = N
         "swiglu_align": 8 if hidden % 8 == 0 else 1,
         "qkv_bias": bias is not None,
         # Without a mask in the file, a key's bias that is not 0 was learned and must act.
-        "mask_k_bias": mask is not None or bias is None or not bias.chunk(3)[1].any(),
+        "mask_k_bias": mask is not None
+        or bias is None
+        or not (table is not None or bias.chunk(3)[1].any()),
         "proj_bias": "blocks.0.attn.proj.bias" in state,
         "ffn_bias": f"blocks.0.mlp.{'w1' if swiglu else 'fc1'}.bias" in state,
         "layerscale": 1e-5 if "blocks.0.ls1.gamma" in state else None,
@@ -73,6 +78,7 @@ def infer_vit(state: Mapping[str, Tensor], changes: Mapping[str, Any] | None = N
         "untie_cls_norm": "cls_norm.weight" in state,
         "untie_local_cls_norm": "local_cls_norm.weight" in state,
         **_rope(state.get("rope_embed.periods")),
+        **_learned(table),
     }
     return _changed(ViTConfig(**fields), changes)
 
@@ -202,3 +208,16 @@ def _rope(periods: Tensor | None) -> dict[str, Any]:
         return {"rope_base": None, "rope_min_period": first, "rope_max_period": last}
     base = last ** (count / (count - 1))
     return {} if abs(base / 100.0 - 1.0) < BASE_TOLERANCE else {"rope_base": base}
+
+
+def _learned(table: Tensor | None) -> dict[str, Any]:
+    """Fields of a network with a table of learned positions."""
+    if table is None:
+        return {}
+    side = table_side(table.shape[1])
+    if side is None:
+        raise WeightsError(
+            f"pos_embed has {table.shape[1]} rows. One for CLS and those of a square grid are "
+            "expected (1 + 14 * 14 = 197): name another checkpoint."
+        )
+    return {"positions": "learned", "position_grid": side, "norm_eps": 1e-6}

@@ -11,18 +11,24 @@ from torch import Tensor
 
 from dino_adapters.backbones.config import ConvNeXtConfig, ViTConfig
 from dino_adapters.backbones.convert import to_timm, to_transformers
+from dino_adapters.backbones.convert_learned import LEARNED_TAG
 from dino_adapters.backbones.convert_vit import effective_bias
 from dino_adapters.backbones.foreign import TimmNetwork
 from dino_adapters.backbones.rope import make_periods
 from dino_adapters.contracts import BackboneInfo
 
-TIMM_EPS = 1e-5
+TIMM_EPS, TIMM_PLAIN_EPS = 1e-5, 1e-6
 _TIMM_SIZES = {384: "small", 768: "base", 1024: "large", 1280: "huge_plus"}
+_TIMM_PLAIN_SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
 _TIMM_GATED = {"small": "small_plus", "base": "small_plus", "large": "small_plus"}
 _TIMM_CONVNEXT = {(96, 9): "tiny", (96, 27): "small", (128, 27): "base", (192, 27): "large"}
 ROUNDED = (
     "These weights hold rope periods rounded to bfloat16; this library computes them in float32, "
     "so that its features differ a little"
+)
+RESAMPLED = (
+    "For other sizes than {side} x {side} pixels this library resamples the learned positions with "
+    "antialiasing, so that its features differ there"
 )
 
 
@@ -57,6 +63,8 @@ def timm_layout(
     """What `timm.create_model("local-dir:…")` opens."""
     if isinstance(config, ConvNeXtConfig):
         return _timm_convnext(config, state, info)
+    if config.positions == "learned":
+        return _timm_plain(config, state, info)
     reason = _no_rope(config) or _no_norms(config)
     if config.norm_eps != TIMM_EPS:
         reason = f"the norms' eps is {config.norm_eps}; timm's DINOv3 networks have {TIMM_EPS}"
@@ -98,7 +106,7 @@ def transformers_layout(
 ) -> Layout:
     """What `transformers.AutoModel.from_pretrained` opens."""
     reason = None if isinstance(config, ConvNeXtConfig) else _no_rope(config) or _no_norms(config)
-    if config.layerscale is None:
+    if config.layerscale is None and not reason:
         reason = "it has no layerscale; transformers' always have"
     if reason:
         return Layout(why_not=reason)
@@ -170,6 +178,43 @@ def foreign_layout(network: TimmNetwork, info: BackboneInfo) -> Layout:
     return Layout(config=facts, tensors=tensors)
 
 
+def _timm_plain(config: ViTConfig, state: Mapping[str, Tensor], info: BackboneInfo) -> Layout:
+    """Timm's VisionTransformer, which holds DINO and DINOv2."""
+    reason = _no_norms(config)
+    if config.norm_eps != TIMM_PLAIN_EPS:
+        reason = f"the norms' eps is {config.norm_eps}; timm's networks have {TIMM_PLAIN_EPS}"
+    if config.proj_bias != config.ffn_bias:
+        reason = "one of proj_bias and ffn_bias is on; timm's networks have both or none"
+    if reason:
+        return Layout(why_not=reason)
+    gated, side = config.ffn == "swiglu", config.position_grid * config.patch_size
+    size = "giant" if gated else _TIMM_PLAIN_SIZES.get(config.embed_dim, "small")
+    name = f"vit_{size}_patch16_224"
+    if gated or config.registers or config.layerscale:
+        size = "small" if size == "tiny" else size
+        name = f"vit_{size}_patch14_{'reg4_' if config.registers else ''}dinov2"
+    arguments = {
+        "img_size": side,
+        "patch_size": config.patch_size,
+        "in_chans": config.in_channels,
+        "embed_dim": config.embed_dim,
+        "depth": config.depth,
+        "num_heads": config.num_heads,
+        "reg_tokens": config.registers,
+        "no_embed_class": config.registers > 0,
+        "mlp_ratio": _timm_ratio(config, state, 2 if gated else 1),
+        "qkv_bias": config.qkv_bias,
+        "proj_bias": config.proj_bias,
+        "init_values": config.layerscale,
+        "dynamic_img_size": True,
+        "global_pool": "token",
+    }
+    facts = _timm_config(name, arguments, info, first="patch_embed.proj", classifier="head")
+    facts["pretrained_cfg"]["tag"] = LEARNED_TAG
+    note = RESAMPLED.format(side=side)
+    return Layout(config=facts, tensors=to_timm(state, "vit"), note=note)
+
+
 def _timm_convnext(
     config: ConvNeXtConfig, state: Mapping[str, Tensor], info: BackboneInfo
 ) -> Layout:
@@ -232,6 +277,8 @@ def _preprocessor(info: BackboneInfo) -> dict[str, Any] | None:
 
 
 def _no_rope(config: ViTConfig) -> str | None:
+    if config.positions == "learned":
+        return "its positions are learned; that library's network has rotary ones"
     if config.rope_base is None:
         return "its rotary periods run from a smallest to a largest; that library knows a base only"
     if config.rope_coordinates != "separate":
@@ -259,9 +306,12 @@ def _hidden(state: Mapping[str, Tensor]) -> int:
     return (state["blocks.0.mlp.fc1.weight"] if gated is None else gated).shape[0]
 
 
-def _timm_ratio(config: ViTConfig, state: Mapping[str, Tensor]) -> float:
-    """Timm's ratio is of the width used, also for SwiGLU; it rounds the product down."""
-    hidden = _hidden(state)
+def _timm_ratio(config: ViTConfig, state: Mapping[str, Tensor], times: int = 1) -> float:
+    """Timm's ratio is of the width used, also for SwiGLU; it rounds the product down.
+
+    `times` is 2 where gate and value are one matrix, whose width timm names.
+    """
+    hidden = times * _hidden(state)
     ratio = hidden / config.embed_dim
     return ratio if int(config.embed_dim * ratio) == hidden else (hidden + 0.5) / config.embed_dim
 

@@ -35,7 +35,12 @@ LICENCE_FILE = "LICENCE-NOTE.txt"
 
 
 def export_backbone(
-    network: nn.Module, info: BackboneInfo, folder: Path, *, overwrite: bool = False
+    network: nn.Module,
+    info: BackboneInfo,
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    beside: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Path:
     """Writes a backbone for use elsewhere; all of it or nothing.
 
@@ -47,6 +52,7 @@ def export_backbone(
         info: Of the network. Whoever trained new bands empties `untrained_bands`.
         folder: To be made; its parent may be absent too.
         overwrite: Replace an earlier export that stands there.
+        beside: Further safetensors files to write into the folder, tensors by file name.
 
     Returns:
         The folder.
@@ -87,6 +93,8 @@ def export_backbone(
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         _write(temporary, state, info, layouts)
+        for name, tensors in (beside or {}).items():
+            _save(temporary / name, tensors)
         _into_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

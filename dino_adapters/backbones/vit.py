@@ -1,4 +1,7 @@
-"""DINOv3's vision transformer (arXiv 2508.10104): registers, rotary positions, groups of crops."""
+"""DINOv3's vision transformer (arXiv 2508.10104): registers, rotary positions, groups of crops.
+
+With learned positions in their place it is that of DINO and DINOv2.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ from dino_adapters.backbones.blocks import (
 from dino_adapters.backbones.config import ViTConfig
 from dino_adapters.backbones.draws import Draws, RandomDraws
 from dino_adapters.backbones.patch import PatchEmbed
-from dino_adapters.backbones.rope import RotaryEmbedding
+from dino_adapters.backbones.positions import resample_table
+from dino_adapters.backbones.rope import RotaryEmbedding, Tables
 from dino_adapters.contracts import Features, ShapeError
 
 Grid = tuple[int, int]
@@ -29,7 +33,7 @@ Grid = tuple[int, int]
 class VisionTransformer(nn.Module):
     """A trainable ViT that returns `Features`; satisfies `contracts.Network`.
 
-    Randomness. In train mode the rotary positions are augmented anew in every block, and whole
+    Randomness. In train mode rotary positions are augmented anew in every block, and whole
     rows of the batch skip a branch (`drop_path`). All those numbers come from `self.draws`. Until
     `set_draws` is called that is the global generator of the device, which no run can repeat from
     the middle; training therefore hands in a source seeded by the step before each forward pass:
@@ -67,7 +71,10 @@ class VisionTransformer(nn.Module):
         self.register_tokens = nn.Parameter(torch.empty(1, config.registers, dim))
         self.mask_token = nn.Parameter(torch.empty(1, dim))
         self.patch_embed = PatchEmbed(config.in_channels, dim, config.patch_size)
-        self.rope_embed = RotaryEmbedding(config)
+        learned = config.positions == "learned"
+        entries = 1 + config.position_grid**2
+        self.pos_embed = nn.Parameter(torch.empty(1, entries, dim)) if learned else None
+        self.rope_embed = None if learned else RotaryEmbedding(config)
         self.blocks = nn.ModuleList(Block(config, drop_path=drop_path) for _ in range(config.depth))
         self.norm = make_norm(config)
         self.cls_norm = make_norm(config) if config.untie_cls_norm else None
@@ -90,7 +97,10 @@ class VisionTransformer(nn.Module):
             nn.init.normal_(self.register_tokens, std=WEIGHT_STD, generator=generator)
         nn.init.zeros_(self.mask_token)
         self.patch_embed.reset_parameters(generator)
-        self.rope_embed.reset_parameters()
+        if self.rope_embed is not None:
+            self.rope_embed.reset_parameters()
+        if self.pos_embed is not None:
+            nn.init.trunc_normal_(self.pos_embed, std=WEIGHT_STD, generator=generator)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=WEIGHT_STD, generator=generator)
@@ -160,9 +170,10 @@ class VisionTransformer(nn.Module):
         """
         tokens, grid = self._embed(images, None)
         for block in self.blocks[:-1]:
-            (tokens,) = block([tokens], [self.rope_embed(grid, self.draws)], self.draws)
+            (tokens,) = block([tokens], [self._tables(grid)], self.draws)
         last = cast("Block", self.blocks[-1])
-        return last.attn.cls_weights(last.norm1(tokens), self.rope_embed(grid, self.draws))
+        weights = last.attn.cls_weights(last.norm1(tokens), self._tables(grid))
+        return weights[..., 1 + self.num_registers :]
 
     def _run(
         self,
@@ -177,11 +188,15 @@ class VisionTransformer(nn.Module):
         kept: list[Tensor] = []
         for index, block in enumerate(self.blocks):
             # Within the loop, as each block of the official network draws its own augmentation.
-            tables = [self.rope_embed(grid, self.draws) for grid in grids]
+            tables = [self._tables(grid) for grid in grids]
             groups = block(groups, tables, self.draws)
             if index in wanted:
                 kept.append(groups[0])
         return groups, grids, kept
+
+    def _tables(self, grid: Grid) -> Tables | None:
+        """Rotations of one group in one block; None where positions are learned."""
+        return None if self.rope_embed is None else self.rope_embed(grid, self.draws)
 
     def _embed(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Grid]:
         """Tokens `(B, 1 + R + N, D)` before the first block, and the grid."""
@@ -197,6 +212,9 @@ class VisionTransformer(nn.Module):
                     f"{tuple(patches.shape[:2])} (crops, patches). Make one mask value per patch."
                 )
             patches = torch.where(mask[..., None], self.mask_token.to(patches.dtype), patches)
+        if self.pos_embed is not None:
+            table = resample_table(self.pos_embed, self.config.position_grid, grid)
+            cls, patches = cls + table[:, :1], patches + table[:, 1:]
         count = len(patches)
         prefix = [cls.expand(count, -1, -1), self.register_tokens.expand(count, -1, -1)]
         return torch.cat([*prefix, patches], dim=1), grid

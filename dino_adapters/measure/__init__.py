@@ -16,6 +16,7 @@ from dino_adapters.measure.metrics import (
     per_class_f1,
     per_class_recall,
 )
+from dino_adapters.measure.segmentation import mean_iou
 
 __all__ = [
     "accuracy",
@@ -25,6 +26,7 @@ __all__ = [
     "confusion",
     "macro_f1",
     "mean_interval",
+    "mean_iou",
     "paired_bootstrap",
     "paired_interval",
     "per_class_f1",

@@ -6,31 +6,36 @@ import importlib
 import logging
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dino_adapters.backbones import (
-    ConvNeXt,
-    VisionTransformer,
-    build_network,
-    export_backbone,
-)
+from dino_adapters.backbones import ConvNeXt, VisionTransformer
 from dino_adapters.backbones.draws import RandomDraws
 from dino_adapters.contracts import BackboneInfo, RecipeError
 from dino_adapters.data import load_source
 from dino_adapters.pretrain.augment import Crops, MultiCrop
-from dino_adapters.pretrain.checkpoint import Progress, checkpoints, fed, load_checkpoint
+from dino_adapters.pretrain.build import make_learner
+from dino_adapters.pretrain.checkpoint import (
+    Progress,
+    checkpoints,
+    fed,
+    load_checkpoint,
+    take_over,
+)
+from dino_adapters.pretrain.delivery import export_averages, method_of
 from dino_adapters.pretrain.feed import Feed
 from dino_adapters.pretrain.intake import Intake
-from dino_adapters.pretrain.learner import SelfDistillation
-from dino_adapters.pretrain.masks import block_masks
+from dino_adapters.pretrain.learner import Learner
+from dino_adapters.pretrain.masks import block_masks, reference_block_limit
 from dino_adapters.pretrain.optim import parameter_groups
+from dino_adapters.pretrain.origin import FRESH, Origin
 from dino_adapters.pretrain.resume import check_same_inputs, check_same_run, describe_inputs
-from dino_adapters.recipes.pretrain import ModelRecipe, PretrainRecipe
+from dino_adapters.pretrain.sizes import sizes_at, snapshot_steps
+from dino_adapters.recipes.pretrain import PretrainRecipe
 from dino_adapters.runtime.chance import derive, generator
 from dino_adapters.runtime.console import Notices
 from dino_adapters.runtime.runfolder import RunFolder
@@ -44,14 +49,19 @@ class Run:
     """Everything that the loop moves."""
 
     recipe: PretrainRecipe
-    learner: SelfDistillation
+    learner: Learner
+    infos: dict[str, BackboneInfo]
     optimizer: torch.optim.Optimizer
     feed: Feed
     views: MultiCrop
-    info: BackboneInfo
     progress: Progress
     notices: Notices
     inputs: dict[str, Any]
+
+    @property
+    def patch_size(self) -> int:
+        """The coarsest patch of all networks, which crop sizes refer to."""
+        return max(info.patch_size for info in self.infos.values())
 
     def batches(self) -> Iterator[tuple[int, Tensor]]:
         """The steps still to do, each with its images `(B, C, S, S)` in 0..1."""
@@ -60,54 +70,58 @@ class Run:
 
     def crops(self, step: int, images: Tensor) -> Crops:
         """Views and masks of a step, on the device."""
-        seed = self.recipe.seed
+        seed, gram = self.recipe.seed, self.recipe.gram
         images = images.to(self.learner.device, non_blocking=True)
-        global_crops, local_crops = self.views(images, generator(seed, "views", step))
+        sizes = sizes_at(step, self.recipe)
+        global_crops, local_crops, gram_crops = self.views(
+            images,
+            generator(seed, "views", step),
+            sizes,
+            distort_gram=gram is not None and gram.distort,
+        )
         masks = None
         if self.learner.with_ibot:
-            side = self.recipe.crops.global_size // self.info.patch_size
+            told = self.recipe.masks
+            side = sizes.global_size // self.patch_size
+            reference = reference_block_limit(sizes.global_size, self.patch_size)
             masks = block_masks(
                 len(global_crops),
                 (side, side),
                 random.Random(derive(seed, "masks", step)),
-                probability=self.recipe.masks.probability,
-                ratio=self.recipe.masks.ratio,
+                probability=told.probability,
+                ratio=told.ratio,
+                most=reference if told.block_limit == "reference" else None,
+                bins=told.bins,
+                shift=told.shift,
             ).to(self.learner.device)
-        return Crops(global_crops, local_crops, masks, len(images))
+        return Crops(global_crops, local_crops, masks, len(images), gram_crops)
 
     def seed_draws(self, step: int) -> None:
-        """Ties the network's own draws (drop path, rotary coordinates) to the step."""
-        backbone = self.learner.student["backbone"]
-        if isinstance(backbone, VisionTransformer | ConvNeXt):
-            backbone.set_draws(RandomDraws(generator(self.recipe.seed, "network", step)))
+        """Ties the networks' own draws (drop path, rotary coordinates) to the step."""
+        for name, networks in self.learner.students.items():
+            backbone = networks["backbone"]
+            if isinstance(backbone, VisionTransformer | ConvNeXt):
+                purpose = f"network/{name}" if name else "network"
+                backbone.set_draws(RandomDraws(generator(self.recipe.seed, purpose, step)))
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Everything that is trained: backbone and heads of each student, by name."""
+        return {
+            f"{name}/{part}" if name else part: module
+            for name, networks in self.learner.students.items()
+            for part, module in networks.items()
+        }
 
     @property
     def snapshot_steps(self) -> frozenset[int]:
-        """After which steps the teacher is exported; the last step has its export anyway."""
-        count = self.recipe.checkpoint.snapshots
-        return frozenset(round(self.recipe.steps * (i + 1) / (count + 1)) for i in range(count))
+        """After which steps the moving average is exported; the last step has its export anyway."""
+        return snapshot_steps(self.recipe)
 
     def export(self, folder: Path, step: int, seconds: float) -> Path:
-        """Writes the teacher's backbone."""
-        training: dict[str, Any] = {
-            "method": "DINO" + (" + iBOT" if self.learner.with_ibot else "") + " + KoLeo",
-            "start": self.recipe.model.source,
-            "started_from": dict(self.info.training),
-            "images": len(self.feed.keys),
-            "steps": step,
-            "images_seen": step * self.recipe.optim.batch_size,
-            "seconds": round(seconds, 1),
-            "recipe": self.recipe.model_dump(
-                mode="json", exclude={"data": {"source", "labels"}, "split": True}
-            ),
-        }
-        info = replace(
-            self.info,
-            size=self.recipe.crops.global_size,
-            training=training,
-            untrained_bands=() if step else self.info.untrained_bands,
-        )
-        return export_backbone(self.learner.teacher["backbone"], info, folder, overwrite=True)
+        """Writes the moving averages, backbone and heads."""
+        said = {"images": len(self.feed.keys), "steps": step, "seconds": round(seconds, 1)}
+        said["images_seen"] = step * self.recipe.optim.batch_size
+        return export_averages(self.recipe, self.learner, self.infos, folder, said)
 
 
 def assemble(
@@ -118,8 +132,9 @@ def assemble(
     overwrite: bool = False,
     overrides: Sequence[str] = (),
     notices: Notices | None = None,
+    origin: Origin = FRESH,
 ) -> Run:
-    """Builds data, network, heads and optimiser, and restores the last checkpoint if asked to.
+    """Builds data, networks, heads and optimiser, and restores the last checkpoint if asked to.
 
     Raises:
         RecipeError, DataError, WeightsError, ShapeError: something does not fit.
@@ -130,13 +145,13 @@ def assemble(
     device = pick_device(recipe.device)
     notices = Notices() if notices is None else notices
     intake = Intake(load_source(recipe.data, notices=notices), recipe, notices)
-    network, info = make_network(recipe, intake, notices)
-
+    learner, infos = make_learner(recipe, intake, origin, device, notices)
+    info = infos[""]
     inputs = describe_inputs(intake, info)
 
     told = recipe.model_dump(mode="json")
     going_on = resume and folder.holds_a_run
-    if resume and not going_on:
+    if resume and not going_on and not origin.phased:
         LOGGER.warning("%s holds no run to resume: starting with the first step.", folder.path)
     if going_on:
         check_same_run(folder, told)
@@ -145,22 +160,7 @@ def assemble(
             folder.empty()  # only now: everything that could be refused was accepted
         folder.begin(told, overrides)
 
-    bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and device.type == "cuda")
-    learner = SelfDistillation(
-        network, recipe.objective, seed=recipe.seed, device=device, bf16=bf16
-    )
-    groups = parameter_groups(
-        dict(learner.student.items()),
-        layer_decay=recipe.optim.layer_decay,
-        patch_embed=recipe.optim.patch_embed_multiplier,
-    )
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=recipe.optim.betas)
     progress = Progress(0, 0.0)
-    if going_on:
-        if saved := checkpoints(folder.checkpoints):
-            check_same_inputs(saved[-1], fed(saved[-1]), inputs)
-            progress = load_checkpoint(saved[-1], learner, optimizer)
-        folder.drop_rows_from(progress.step)
     feed = Feed(
         intake.keys,
         intake.decoder(info),
@@ -173,53 +173,32 @@ def assemble(
         notices=notices,
     )
     views = MultiCrop(recipe.crops, info)
-    run = Run(recipe, learner, optimizer, feed, views, info, progress, notices, inputs)
+    optimizer = make_optimizer(learner, recipe)
+    run = Run(recipe, learner, infos, optimizer, feed, views, progress, notices, inputs)
+    if going_on:
+        if saved := checkpoints(folder.checkpoints):
+            check_same_inputs(saved[-1], fed(saved[-1]), inputs)
+            run.progress = load_checkpoint(saved[-1], learner, run.optimizer)
+        folder.drop_rows_from(run.progress.step)
+    elif origin.start == "state" and origin.previous is not None:
+        take_over(learner, run.optimizer, checkpoints(origin.previous.checkpoints)[-1])
     announce(run)
     return run
 
 
-def make_network(
-    recipe: PretrainRecipe, intake: Intake, notices: Notices
-) -> tuple[nn.Module, BackboneInfo]:
-    """The student's network for the bands of the images.
-
-    Raises:
-        RecipeError, WeightsError, ShapeError: it cannot be had, or does not take the crops.
-    """
-    model = recipe.model
-    network, info = build_network(
-        model.source,
-        bands=intake.bands,
-        architecture=model.architecture or None,
-        checkpoint=Path(model.checkpoint) if model.checkpoint else None,
-        drop_path=model.drop_path,
-        mean=intake.mean,
-        std=intake.std,
-        seed=derive(recipe.seed, "network"),
-        notices=notices,
-    )
-    if not isinstance(network, VisionTransformer | ConvNeXt):
-        refuse_drops(model, info.name)
-    # In this layout convolutions run 1.6 times as fast (EfficientNet-Lite0, 96 px, 2 CPU cores).
-    network = network.to(memory_format=torch.channels_last)
-    check_crops(network, info, recipe)
-    return network, info
-
-
-def refuse_drops(model: ModelRecipe, name: str) -> None:
-    """Networks of timm draw from the global generator, so their drops could not be repeated.
-
-    Raises:
-        RecipeError: drop path or dropout is on.
-    """
-    asked = {"model.drop_path": model.drop_path}
-    asked |= {f"model.architecture.{k}": v for k, v in model.architecture.items() if "drop" in k}
-    for key, value in asked.items():
-        if value:
-            raise RecipeError(
-                f"{key} is {value}, but {name} is not one of our networks, whose drops can be "
-                "repeated after a resume. Set it to 0."
-            )
+def make_optimizer(learner: Learner, recipe: PretrainRecipe) -> torch.optim.Optimizer:
+    """AdamW over all students."""
+    groups = [
+        group
+        for networks in learner.students.values()
+        for group in parameter_groups(
+            dict(networks.items()),
+            layer_decay=recipe.optim.layer_decay,
+            patch_embed=recipe.optim.patch_embed_multiplier,
+            decay_rule=recipe.optim.decay_rule,
+        )
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=recipe.optim.betas)
 
 
 def import_modules(names: Sequence[str]) -> None:
@@ -241,34 +220,18 @@ def import_modules(names: Sequence[str]) -> None:
 def announce(run: Run) -> None:
     """Says what was resolved, before the first step."""
     recipe, count = run.recipe, len(run.feed.keys)
-    if recipe.objective.ibot_weight > 0 and not run.learner.with_ibot:
-        LOGGER.warning(
-            "%s has no mask token, so it trains with DINO and KoLeo, without iBOT.", run.info.name
-        )
+    name = run.infos[""].name
+    if recipe.objective.ibot_weight > 0 and not run.learner.with_ibot and not recipe.distill:
+        LOGGER.warning("%s has no mask token, so it trains without iBOT.", name)
     if run.progress.step:
         LOGGER.info("going on from step %d of %d", run.progress.step, recipe.steps)
     LOGGER.info(
-        "%d images, %s: %d steps of %d images (%.1f passes), K = %d",
+        "%d images, %s, %s: %d steps of %d images (%.1f passes), K = %d",
         count,
-        run.info.name,
+        name,
+        method_of(recipe, run.learner),
         recipe.steps,
         recipe.optim.batch_size,
         recipe.steps * recipe.optim.batch_size / count,
         recipe.objective.prototypes,
     )
-
-
-def check_crops(network: nn.Module, info: BackboneInfo, recipe: PretrainRecipe) -> None:
-    """Sends an empty crop of each size through the network, so that a misfit shows now.
-
-    Raises:
-        ShapeError: the network refuses a crop size.
-    """
-    sizes = {recipe.crops.global_size}
-    if recipe.crops.local_count:
-        sizes.add(recipe.crops.local_size)
-    network.eval()
-    with torch.no_grad():
-        for size in sorted(sizes):
-            network(torch.zeros(1, len(info.bands), size, size))
-    network.train()

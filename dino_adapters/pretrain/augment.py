@@ -1,8 +1,12 @@
 """Multi-crop: several random views of every image, made in batches on the device.
 
 The order for each view is that of DINOv2 and DINOv3: crop and resize, mirror, colour, blur,
-solarise, normalise. Colour jitter is one affine map of the bands per view, so that the four
-jitters and the loss of colour cost a single small product.
+solarise, normalise.
+
+A Gram crop is a global crop once more, at another size, for the Gram teacher (DINOv3, arXiv
+2508.10104, section 4). The reference makes the larger of the two and resizes it to the smaller; an
+undistorted Gram crop and its global crop are here both resized from the image itself, so that
+turning Gram crops on leaves every other pixel as it was.
 """
 
 from __future__ import annotations
@@ -14,17 +18,44 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dino_adapters.contracts import BackboneInfo
+from dino_adapters.contracts import BackboneInfo, RecipeError
+from dino_adapters.pretrain.colour import jittered
+from dino_adapters.pretrain.dice import coins, uniform
 from dino_adapters.pretrain.resample import apply_matrices, blur_matrices, crop_matrices
-from dino_adapters.recipes.pretrain import CropsRecipe
+from dino_adapters.recipes.sections import CropsRecipe
 
 LOGGER = logging.getLogger(__name__)
-LUMA = (0.299, 0.587, 0.114)
-BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.4, 0.4, 0.2, 0.1
-BAND_GAIN = 0.1
 SOLARIZE_ABOVE = 128 / 255
 ASPECT = (3 / 4, 4 / 3)
 TRIES = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Sides of the crops of one step, in pixels.
+
+    Attributes:
+        global_size: S, at least 1.
+        local_size: s, at least 1.
+        gram_size: S_g, at least 1; None makes no Gram crops.
+
+    Raises:
+        RecipeError: a side is below 1.
+    """
+
+    global_size: int
+    local_size: int
+    gram_size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses sides that no crop can have."""
+        for name in ("global_size", "local_size", "gram_size"):
+            side = getattr(self, name)
+            if side is not None and side < 1:
+                raise RecipeError(
+                    f"{name} is {side}. A crop has a side of at least one pixel: give a multiple "
+                    "of the patch size."
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +67,35 @@ class Crops:
         local_crops: `(L * B, C, s, s)`, or None without local crops.
         masks: bool `(G * B, N)`, True = hidden from the student, or None without iBOT.
         images: B.
+        gram_crops: `(G * B, C, S_g, S_g)`: what the global crops show, for the Gram teacher; None
+            without them.
     """
 
     global_crops: Tensor
     local_crops: Tensor | None
     masks: Tensor | None
     images: int
+    gram_crops: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Cuts:
+    """Where each view lies in its image: integers `(B,)`, and 1.0 where an axis is mirrored."""
+
+    top: Tensor
+    left: Tensor
+    height: Tensor
+    width: Tensor
+    upside_down: Tensor
+    mirrored: Tensor
+
+    def of(self, images: Tensor, size: int) -> Tensor:
+        """The views `(B, C, size, size)` in 0..1 of images `(B, C, H, W)`."""
+        rows = crop_matrices(self.top, self.height, images.shape[-2], size)
+        columns = crop_matrices(self.left, self.width, images.shape[-1], size)
+        rows = _flip_some(rows, self.upside_down).to(images.device)
+        columns = _flip_some(columns, self.mirrored).to(images.device)
+        return apply_matrices(images, rows, columns).clamp_(0.0, 1.0)
 
 
 class MultiCrop:
@@ -64,110 +118,127 @@ class MultiCrop:
                 len(info.bands),
             )
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        """Global and local crops.
+    def __call__(
+        self,
+        images: Tensor,
+        generator: torch.Generator,
+        sizes: Sizes | None = None,
+        *,
+        distort_gram: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Global, local and Gram crops.
+
+        Sizes and Gram crops change no draw: the same generator gives the same boxes, mirroring and
+        colours.
 
         Args:
             images: `(B, C, H, W)` in 0..1, on any device.
             generator: CPU generator; the views do not depend on the device.
+            sizes: sides of this step's crops; None takes the recipe's, without Gram crops.
+            distort_gram: Gram crops get the colours, blur and solarisation of their global crops.
+                Both are then resized from one view that has the larger of the two sizes, as in the
+                reference. Otherwise Gram crops are cropped, mirrored and normalised only.
 
         Returns:
-            Global crops `(G * B, C, S, S)` and local crops `(L * B, C, s, s)` or None, normalised.
+            Global crops `(G * B, C, S, S)`, local crops `(L * B, C, s, s)` or None, and Gram crops
+            `(G * B, C, S_g, S_g)` or None, normalised. Gram crop i is global crop i.
         """
         r = self.recipe
+        sizes = sizes or Sizes(r.global_size, r.local_size)
         first, other, local = r.blur
-        global_crops = [
-            self._view(
+        pairs = [
+            self._global_view(
                 images,
                 generator,
-                size=r.global_size,
-                scale=r.global_scale,
+                sizes,
                 blur=first if index == 0 else other,
                 solarize=0.0 if index == 0 else r.solarize,
+                distort_gram=distort_gram,
             )
             for index in range(r.global_count)
         ]
         local_crops = [
-            self._view(images, generator, size=r.local_size, scale=r.local_scale, blur=local)
+            self._distorted(
+                self._cuts(images, r.local_scale, generator).of(images, sizes.local_size),
+                generator,
+                blur=local,
+            )
             for _ in range(r.local_count)
         ]
-        return torch.cat(global_crops), torch.cat(local_crops) if local_crops else None
+        gram_crops = [gram for _, gram in pairs if gram is not None]
+        return (
+            torch.cat([view for view, _ in pairs]),
+            torch.cat(local_crops) if local_crops else None,
+            torch.cat(gram_crops) if gram_crops else None,
+        )
 
-    def _view(
+    def _global_view(
         self,
         images: Tensor,
         generator: torch.Generator,
+        sizes: Sizes,
         *,
-        size: int,
-        scale: tuple[float, float],
+        blur: float,
+        solarize: float,
+        distort_gram: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One global crop of every image `(B, C, S, S)`, and its Gram crop."""
+        cuts = self._cuts(images, self.recipe.global_scale, generator)
+        small, gram = sizes.global_size, sizes.gram_size
+        large = max(small, gram) if gram is not None and distort_gram else small
+        view = self._distorted(
+            cuts.of(images, large),
+            generator,
+            blur=blur,
+            solarize=solarize,
+            enlarged=large / small,
+        )
+        if gram is None:
+            return view, None
+        if distort_gram:
+            return _resized(view, small), _resized(view, gram)
+        return view, self._normalised(cuts.of(images, gram))
+
+    def _cuts(
+        self, images: Tensor, scale: tuple[float, float], generator: torch.Generator
+    ) -> _Cuts:
+        count, r = len(images), self.recipe
+        boxes = random_boxes(count, images.shape[-2:], scale, generator)
+        none = torch.zeros(count)
+        mirrored = coins(count, 0.5, generator) if r.horizontal_flip else none
+        upside_down = coins(count, 0.5, generator) if r.vertical_flip else none
+        return _Cuts(*boxes, upside_down=upside_down, mirrored=mirrored)
+
+    def _distorted(
+        self,
+        view: Tensor,
+        generator: torch.Generator,
+        *,
         blur: float,
         solarize: float = 0.0,
+        enlarged: float = 1.0,
     ) -> Tensor:
-        count, device = len(images), images.device
-        top, left, height, width = random_boxes(count, images.shape[-2:], scale, generator)
-        rows = crop_matrices(top, height, images.shape[-2], size)
-        columns = crop_matrices(left, width, images.shape[-1], size)
-        if self.recipe.horizontal_flip:
-            columns = _flip_some(columns, generator)
-        if self.recipe.vertical_flip:
-            rows = _flip_some(rows, generator)
-        view = apply_matrices(images, rows.to(device), columns.to(device)).clamp_(0.0, 1.0)
-        view = self._colour(view, generator)
-        sigma = _uniform(count, self.recipe.blur_sigma, generator) * _coins(count, blur, generator)
+        """Colour, blur, solarisation and normalisation of views `(B, C, S, S)`.
+
+        `enlarged` is the side of the view over that of the crop it stands for: the blur is told in
+        pixels of the crop.
+        """
+        count, device = len(view), view.device
+        view = jittered(view, self.recipe, generator, rgb=self.rgb)
+        sigma = uniform(count, self.recipe.blur_sigma, generator) * coins(count, blur, generator)
         if blur > 0:
-            matrices = blur_matrices(sigma, size).to(device)
+            # Variances add: repeated narrow blurs make a wide one, and nine taps stay enough.
+            rounds = math.ceil(enlarged**2)
+            matrices = blur_matrices(sigma * enlarged / math.sqrt(rounds), view.shape[-1])
+            matrices = torch.linalg.matrix_power(matrices.to(device), rounds)
             view = apply_matrices(view, matrices, matrices)
         if self.rgb and solarize > 0:
-            chosen = _coins(count, solarize, generator).to(device)[:, None, None, None]
+            chosen = coins(count, solarize, generator).to(device)[:, None, None, None]
             view = torch.where((view >= SOLARIZE_ABOVE) & (chosen > 0), 1.0 - view, view)
-        return (view - self.mean.to(device)) / self.std.to(device)
+        return self._normalised(view)
 
-    def _colour(self, view: Tensor, generator: torch.Generator) -> Tensor:
-        count, bands = view.shape[:2]
-        jittered = _coins(count, self.recipe.jitter, generator)
-        bright = 1 + _uniform(count, (-BRIGHTNESS, BRIGHTNESS), generator) * jittered
-        contrast = 1 + _uniform(count, (-CONTRAST, CONTRAST), generator) * jittered
-        if self.rgb:
-            saturation = 1 + _uniform(count, (-SATURATION, SATURATION), generator) * jittered
-            hue = _uniform(count, (-HUE, HUE), generator) * jittered * (2 * math.pi)
-            # Without colour, whatever the saturation was.
-            saturation = saturation * (1 - _coins(count, self.recipe.grayscale, generator))
-            mix = chroma_matrices(saturation, hue)
-            weights = torch.tensor(LUMA)
-        else:
-            gains = 1 + (torch.rand(count, bands, generator=generator) * 2 - 1) * BAND_GAIN
-            mix = torch.diag_embed(1 + (gains - 1) * jittered[:, None])
-            weights = torch.full((bands,), 1 / bands)
-        mix = (mix * (bright * contrast)[:, None, None]).to(view.device)
-        grey = torch.einsum("bchw,c->b", view, weights.to(view.device)) / view[0, 0].numel()
-        # Contrast turns about the mean grey of the brightened view.
-        shift = (bright * (1 - contrast)).to(view.device) * grey
-        flat = torch.baddbmm(shift[:, None, None], mix, view.flatten(2))
-        return flat.view_as(view).clamp_(0.0, 1.0)
-
-
-def chroma_matrices(saturation: Tensor, hue: Tensor) -> Tensor:
-    """Colour maps that scale the distance to grey and turn about the grey axis; luma is kept.
-
-    The turn is the linear stand-in for a hue shift in HSV: one product instead of a conversion
-    there and back.
-
-    Args:
-        saturation: factor `(B,)`; 0 gives grey.
-        hue: angle in radians `(B,)`.
-
-    Returns:
-        `(B, 3, 3)`; maps grey pixels to themselves.
-    """
-    axis = torch.full((3,), 1 / math.sqrt(3.0))
-    cross = torch.tensor(
-        [[0.0, -axis[2], axis[1]], [axis[2], 0.0, -axis[0]], [-axis[1], axis[0], 0.0]]
-    )
-    cos, sin = torch.cos(hue)[:, None, None], torch.sin(hue)[:, None, None]
-    turn = cos * torch.eye(3) + sin * cross + (1 - cos) * torch.outer(axis, axis)
-    luma = torch.tensor(LUMA).expand(3, 3)
-    chroma = turn - luma @ turn  # colour after the turn, less its own luma
-    return luma + saturation[:, None, None] * chroma
+    def _normalised(self, view: Tensor) -> Tensor:
+        return (view - self.mean.to(view.device)) / self.std.to(view.device)
 
 
 def random_boxes(
@@ -185,9 +256,9 @@ def random_boxes(
         top, left, height, width: integer `(count,)` each.
     """
     rows, columns = size
-    area = rows * columns * _uniform(count * TRIES, scale, generator)
+    area = rows * columns * uniform(count * TRIES, scale, generator)
     aspect = torch.exp(
-        _uniform(count * TRIES, (math.log(ASPECT[0]), math.log(ASPECT[1])), generator)
+        uniform(count * TRIES, (math.log(ASPECT[0]), math.log(ASPECT[1])), generator)
     )
     width = torch.sqrt(area * aspect).round().long().view(count, TRIES)
     height = torch.sqrt(area / aspect).round().long().view(count, TRIES)
@@ -204,15 +275,14 @@ def random_boxes(
     return top, left, height, width
 
 
-def _flip_some(matrices: Tensor, generator: torch.Generator) -> Tensor:
-    chosen = _coins(len(matrices), 0.5, generator)[:, None, None] > 0
-    return torch.where(chosen, matrices.flip(1), matrices)
+def _resized(view: Tensor, size: int) -> Tensor:
+    """Whole views `(B, C, S, S)` at another size, antialiased."""
+    side = view.shape[-1]
+    if side == size:
+        return view
+    matrix = crop_matrices(torch.tensor([0]), torch.tensor([side]), side, size).to(view.device)
+    return apply_matrices(view, matrix, matrix)
 
 
-def _uniform(count: int, span: tuple[float, float], generator: torch.Generator) -> Tensor:
-    return span[0] + (span[1] - span[0]) * torch.rand(count, generator=generator)
-
-
-def _coins(count: int, probability: float, generator: torch.Generator) -> Tensor:
-    """1.0 with the probability, else 0.0; always draws, so that later draws stay where they are."""
-    return (torch.rand(count, generator=generator) < probability).float()
+def _flip_some(matrices: Tensor, chosen: Tensor) -> Tensor:
+    return torch.where(chosen[:, None, None] > 0, matrices.flip(1), matrices)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dino_adapters.contracts import CheckpointError
-from dino_adapters.pretrain.learner import SelfDistillation
+from dino_adapters.pretrain.learner import Learner
 from dino_adapters.runtime.files import write_json
 
 STATE, META = "state.pt", "meta.json"
@@ -27,7 +27,7 @@ class Progress:
 
 def save_checkpoint(
     folder: Path,
-    learner: SelfDistillation,
+    learner: Learner,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     *,
@@ -46,8 +46,7 @@ def save_checkpoint(
     state = {
         "step": progress.step,
         "seconds": progress.seconds,
-        "student": learner.student.state_dict(),
-        "teacher": learner.teacher.state_dict(),
+        "learner": learner.state(),
         "optimizer": optimizer.state_dict(),
     }
     try:
@@ -72,9 +71,7 @@ def fed(path: Path) -> dict[str, Any]:
     return json.loads((path / META).read_text(encoding="utf-8")).get("inputs", {})
 
 
-def load_checkpoint(
-    path: Path, learner: SelfDistillation, optimizer: torch.optim.Optimizer
-) -> Progress:
+def load_checkpoint(path: Path, learner: Learner, optimizer: torch.optim.Optimizer) -> Progress:
     """Restores everything in place.
 
     Raises:
@@ -82,8 +79,7 @@ def load_checkpoint(
     """
     try:
         state = torch.load(path / STATE, map_location=learner.device, weights_only=True)
-        learner.student.load_state_dict(state["student"])
-        learner.teacher.load_state_dict(state["teacher"])
+        learner.load_state(state["learner"])
         optimizer.load_state_dict(state["optimizer"])
     except Exception as error:
         raise CheckpointError(
@@ -91,3 +87,22 @@ def load_checkpoint(
             "folder to go on from the one before it, or start anew with --overwrite."
         ) from error
     return Progress(int(state["step"]), float(state["seconds"]))
+
+
+def take_over(learner: Learner, optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Starts a phase from the whole state of the one before: networks, centres and optimiser.
+
+    Its Gram teacher stays behind: the new phase says itself where it takes its own from.
+
+    Raises:
+        CheckpointError: the file is damaged, or of other networks.
+    """
+    try:
+        state = torch.load(path / STATE, map_location=learner.device, weights_only=True)
+        learner.load_state({k: v for k, v in state["learner"].items() if k != "gram"})
+        optimizer.load_state_dict(state["optimizer"])
+    except Exception as error:
+        raise CheckpointError(
+            f"The state {path} of the phase before cannot be taken over ({type(error).__name__}). "
+            "Keep network, heads and optimiser groups as they were, or set start='teacher'."
+        ) from error

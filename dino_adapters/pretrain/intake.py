@@ -23,6 +23,7 @@ from dino_adapters.data import ImageSource
 from dino_adapters.data.resize import shorter_side
 from dino_adapters.data.splits import read_split
 from dino_adapters.data.units import check_size, match_bands, to_model, to_range, valid_pixels
+from dino_adapters.pretrain.sizes import largest_side
 from dino_adapters.recipes.pretrain import PretrainRecipe
 from dino_adapters.runtime.console import Notices
 
@@ -84,11 +85,11 @@ class Intake:
     def _resolve_side(self, looks: list[Look], recipe: PretrainRecipe) -> int:
         if recipe.data.image_size is not None:
             return recipe.data.image_size
-        wanted = round(MARGIN * recipe.crops.global_size)
+        wanted = round(MARGIN * largest_side(recipe))
         there = int(statistics.median(look.side for look in looks))
         side = min(wanted, there)
         LOGGER.info(
-            "images are read at %d px: 1.25 global crops are %d px, the median image has %d px",
+            "images are read at %d px: 1.25 of the largest crop are %d px, the median image has %d",
             side,
             wanted,
             there,

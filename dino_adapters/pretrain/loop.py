@@ -10,9 +10,11 @@ from pathlib import Path
 
 from dino_adapters.contracts import NotFiniteError
 from dino_adapters.pretrain.assemble import Run, assemble
+from dino_adapters.pretrain.augment import Crops
 from dino_adapters.pretrain.checkpoint import Progress, save_checkpoint
-from dino_adapters.pretrain.learner import Losses
-from dino_adapters.pretrain.optim import clip, knobs_at, set_rates
+from dino_adapters.pretrain.objective import Losses
+from dino_adapters.pretrain.optim import Knobs, clip, knobs_at, set_rates
+from dino_adapters.pretrain.origin import FRESH, Origin, snapshot_folder
 from dino_adapters.recipes.pretrain import PretrainRecipe
 from dino_adapters.runtime.console import Notices, duration, progress
 from dino_adapters.runtime.runfolder import RunFolder
@@ -22,7 +24,7 @@ LOGGER = logging.getLogger(__name__)
 ROWS = 500  # about so many rows of metrics.jsonl, however long the run
 
 
-def pretrain(
+def train(
     recipe: PretrainRecipe,
     folder: RunFolder,
     *,
@@ -31,25 +33,22 @@ def pretrain(
     overrides: Sequence[str] = (),
     quiet: bool = False,
     notices: Notices | None = None,
+    origin: Origin = FRESH,
 ) -> Path:
-    """Trains a student against its moving average and exports the teacher's backbone.
+    """Trains one phase and exports what it delivers; see `phases.pretrain`.
 
     Args:
-        recipe: everything that decides the result.
-        folder: where the run lives; new, or with `resume` one that holds a run of this recipe.
+        recipe: everything that decides the result, without phases.
+        folder: where the phase lives.
         resume: go on from the last checkpoint.
         overwrite: replace a run that stands in the folder, once nothing is left to refuse.
         overrides: the words `key=value` behind the recipe, for the record.
         quiet: no progress display.
         notices: collects what was skipped, converted or assumed.
+        origin: what it starts from.
 
     Returns:
-        The export folder, for `load_backbone`.
-
-    Raises:
-        RunFolderError: the folder holds a run and `resume` is off.
-        RecipeError, DataError, WeightsError: found before the first step.
-        NotFiniteError: a loss or gradient was not finite; nothing of that step was applied.
+        The export folder.
     """
     with folder.lock():
         # Everything slow, and every refusal, happens in here: nothing is spent before it returns.
@@ -60,40 +59,26 @@ def pretrain(
             overwrite=overwrite,
             overrides=overrides,
             notices=notices,
+            origin=origin,
         )
-        learner, optimizer = run.learner, run.optimizer
         started = time.monotonic() - run.progress.seconds
         every = max(1, recipe.steps // ROWS)
 
         left = recipe.steps - run.progress.step
-        with repeatable(learner.device), progress("pretrain", left, quiet=quiet) as shown:
+        with repeatable(run.learner.device), progress("pretrain", left, quiet=quiet) as shown:
             for step, images in run.batches():
                 knobs = knobs_at(step, recipe)
                 crops = run.crops(step, images)
                 run.seed_draws(step)
-
-                optimizer.zero_grad(set_to_none=True)
-                losses = learner.losses(crops, knobs.teacher_temperature)
-                losses.total.backward()
-                norm = clip(learner.student.values(), recipe.optim.clip)
-                refuse_not_finite(losses, norm, step)
-
-                set_rates(optimizer, knobs)
-                optimizer.step()
-                learner.update_teacher(knobs.momentum)
+                losses, norms = one_step(run, crops, knobs)
 
                 done = step + 1
                 seconds = time.monotonic() - started
                 if step % every == 0 or done == recipe.steps:
-                    folder.note(
-                        {"step": step, **losses.numbers(), "lr": knobs.lr}
-                        | {"momentum": knobs.momentum, "grad_norm": norm}
-                        | {"teacher_temperature": knobs.teacher_temperature}
-                        | {"images": done * recipe.optim.batch_size, "seconds": round(seconds, 2)}
-                    )
+                    folder.note(row(losses, norms, knobs, recipe, seconds))
                 # The snapshot first: a run that is killed between the two makes it again.
                 if done in run.snapshot_steps:
-                    run.export(folder.path / "snapshots" / f"step_{done:08d}", done, seconds)
+                    run.export(snapshot_folder(folder, done), done, seconds)
                 if done % recipe.checkpoint.every_steps == 0 and done < recipe.steps:
                     keep_state(run, folder, Progress(done, seconds))
                 shown.step(note=f"loss {losses.total.item():.3f}")
@@ -104,6 +89,39 @@ def pretrain(
         for line in run.notices.summary():
             LOGGER.info("%s", line)
         return run.export(folder.export, recipe.steps, seconds)
+
+
+def one_step(run: Run, crops: Crops, knobs: Knobs) -> tuple[Losses, dict[str, float]]:
+    """One step of DINOv3 (arXiv 2508.10104), in its order.
+
+    Returns:
+        The losses, and the gradient norm of each module before clipping.
+
+    Raises:
+        NotFiniteError: loss or gradient is not finite; then nothing was applied.
+    """
+    learner, optimizer, optim = run.learner, run.optimizer, run.recipe.optim
+    learner.before(knobs.step)  # Gram teacher taken from the moving average, at its step
+    set_rates(optimizer, knobs)  # frozen prototypes: rate 0, but gradients and moments go on
+    optimizer.zero_grad(set_to_none=True)
+    losses = learner.losses(crops, knobs)
+    losses.total.backward()
+    norms = clip(run.modules(), optim.clip, each=optim.clip_each)
+    refuse_not_finite(losses, norms, knobs.step)
+    optimizer.step()
+    learner.after(knobs)  # moving average, then the Gram teacher's refresh, if due
+    return losses, norms
+
+
+def row(
+    losses: Losses, norms: dict[str, float], knobs: Knobs, recipe: PretrainRecipe, seconds: float
+) -> dict[str, float]:
+    """What is noted of a step."""
+    noted = {"step": knobs.step, **losses.numbers(), "lr": knobs.lr, "momentum": knobs.momentum}
+    noted |= {"grad_norm": math.hypot(*norms.values())}
+    noted |= {"teacher_temperature": knobs.teacher_temperature}
+    noted |= {"images": (knobs.step + 1) * recipe.optim.batch_size, "seconds": round(seconds, 2)}
+    return noted
 
 
 def keep_state(run: Run, folder: RunFolder, done: Progress) -> None:
@@ -118,12 +136,13 @@ def keep_state(run: Run, folder: RunFolder, done: Progress) -> None:
     )
 
 
-def refuse_not_finite(losses: Losses, norm: float, step: int) -> None:
+def refuse_not_finite(losses: Losses, norms: dict[str, float], step: int) -> None:
     """Stops before the optimiser and the moving average can spread a NaN.
 
     Raises:
         NotFiniteError: the loss or the gradient's norm is not finite.
     """
+    norm = math.hypot(*norms.values())
     if math.isfinite(norm) and math.isfinite(losses.total.item()):
         return
     terms = ", ".join(f"{name} {value:g}" for name, value in losses.numbers().items())

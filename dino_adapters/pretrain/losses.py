@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_adapters.contracts import ShapeError
+from dino_adapters.pretrain.ranks import ALONE, Ranks
 
 TINY = 1e-8
 
@@ -17,6 +18,16 @@ TINY = 1e-8
 def exact(values: Tensor) -> Tensor:
     """The values in fp32, or in float64 where they are that already."""
     return values if values.dtype == torch.float64 else values.float()
+
+
+def no_autocast(values: Tensor) -> torch.autocast:
+    """A context in which matrix products keep the dtype of their arguments, too."""
+    return torch.autocast(device_type=values.device.type, enabled=False)
+
+
+def nothing(values: Tensor) -> Tensor:
+    """A scalar 0 whose gradient is 0, for terms that have nothing to compare."""
+    return exact(values).sum() * 0.0
 
 
 def dino_loss(
@@ -47,7 +58,8 @@ def dino_loss(
     z = exact(student) / temperature
     targets = exact(teacher.detach())
     entropy = torch.logsumexp(z, dim=-1)  # (S, B)
-    agreement = torch.einsum("sbk,tbk->st", z, targets)
+    with no_autocast(z):
+        agreement = torch.einsum("sbk,tbk->st", z, targets)
     pairs = entropy.sum(dim=1)[:, None] - agreement  # (S, T), summed over images
     count = pairs.numel()
     if drop_diagonal:
@@ -92,24 +104,91 @@ def ibot_loss(
     return (cross_entropy * exact(weights)).sum() / crops
 
 
-def koleo_loss(tokens: Tensor) -> Tensor:
-    """Spreads class tokens on the sphere: `-mean log d_i` (KoLeo, arXiv 1806.03198, eq. 2).
+def ibot_dense_loss(
+    student: Tensor, teacher: Tensor, masks: Tensor, *, temperature: float = 0.1
+) -> Tensor:
+    """`ibot_loss` from logits of all patches: the masked ones are picked here.
 
-    `d_i` is the distance of the normalised token i to its nearest neighbour in the batch; the
-    gradient reaches both. A batch of one has no neighbour and gives 0.
+    The mean of the cross-entropy over the masked patches of each crop, then the mean over all
+    crops, also those without a mask. The same number as `ibot_loss` on the picked rows.
 
     Args:
-        tokens: class tokens `(B, D)` of one global crop of each image.
+        student: logits `(B, N, K)`.
+        teacher: probabilities `(B, N, K)`; receive no gradient.
+        masks: bool `(B, N)`.
+        temperature: the student's τ.
 
     Returns:
-        Scalar; about 15 if all tokens are equal, negative if all are further than 1 apart.
+        Scalar >= 0; 0 (with a gradient of zero) where nothing is masked.
+
+    Raises:
+        ShapeError: the shapes differ.
     """
-    if tokens.shape[0] < 2:
-        return exact(tokens).sum() * 0.0
-    with torch.autocast(device_type=tokens.device.type, enabled=False):
+    if student.shape != teacher.shape or student.shape[:2] != masks.shape:
+        raise ShapeError(
+            f"The student has {tuple(student.shape)}, the teacher {tuple(teacher.shape)}, the "
+            f"masks {tuple(masks.shape)}. Expected (B, N, K) twice and (B, N)."
+        )
+    masks = masks.bool()
+    counts = masks.sum(dim=1, keepdim=True).clamp(min=1)
+    weights = counts.to(exact(student).dtype).reciprocal().expand_as(masks)[masks]
+    return ibot_loss(student[masks], teacher[masks], weights, len(masks), temperature=temperature)
+
+
+def koleo_loss(
+    tokens: Tensor,
+    *,
+    neighbours: int = 1,
+    group: int | None = None,
+    ranks: Ranks = ALONE,
+    floor: float = 0.0,
+) -> Tensor:
+    """Spreads class tokens on the sphere: `-mean log d_ij` (KoLeo, arXiv 1806.03198, eq. 2).
+
+    `d_ij` is the distance of the normalised token i to its j-th nearest neighbour in its group;
+    the gradient reaches both. A group of one has no neighbour and gives 0. Nearest neighbours are
+    nearer in larger groups, so the value depends on the group's size.
+
+    Args:
+        tokens: class tokens `(B, D)` of one global crop of each image, B alike on all ranks.
+        neighbours: how many of each token count.
+        group: neighbours are looked for among this many consecutive rows of the list of all
+            ranks' tokens; None for all of them.
+        ranks: who shares the batch.
+        floor: f >= 0 replaces d by `sqrt(d^2 + f^2)`. Without it (0, the published form) two
+            nearly equal tokens have a gradient of `1 / d`, up to 1e8; with it, at most `1 / (2 f)`.
+
+    Returns:
+        Scalar, the mean over the own rows; about 15 if all tokens are equal, negative if all are
+        further than 1 apart.
+
+    Raises:
+        ShapeError: the groups do not divide the batch, or are too small for the neighbours.
+    """
+    count, total = tokens.shape[0], tokens.shape[0] * ranks.size
+    members = total if group is None else group
+    if total and (members < 1 or total % members):
+        raise ShapeError(
+            f"KoLeo groups of {members} were asked for in a batch of {total} tokens. The groups "
+            "must divide the batch; choose a divisor, or none for the whole batch."
+        )
+    if not total or (members == 1 and neighbours == 1):
+        return nothing(tokens)
+    if not 1 <= neighbours < members:
+        raise ShapeError(
+            f"KoLeo was asked for {neighbours} neighbours in groups of {members} tokens. A token "
+            f"has 1 to {members - 1} neighbours there; ask for fewer, or make the groups larger."
+        )
+    with no_autocast(tokens):
         x = F.normalize(exact(tokens), dim=-1, eps=TINY)
+        everyone = ranks.rows(x)
         with torch.no_grad():
-            cosine = x @ x.mT
-            nearest = cosine.fill_diagonal_(float("-inf")).argmax(dim=1)
-        distance = (x - x[nearest] + TINY).norm(dim=-1)
+            places = torch.arange(total, device=x.device)
+            own = places[ranks.rank * count :][:count, None]
+            cosine = x @ everyone.mT  # (B, total)
+            cosine.masked_fill_((own == places) | (own // members != places // members), -torch.inf)
+            nearest = cosine.topk(neighbours, dim=1).indices
+        distance = (x[:, None] - everyone[nearest] + TINY).norm(dim=-1)  # (B, neighbours)
+        if floor:
+            distance = (distance.square() + floor**2).sqrt()
         return -(distance + TINY).log().mean()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -42,13 +43,21 @@ def block_masks(
     probability: float = 0.5,
     ratio: tuple[float, float] = (0.1, 0.5),
     most: int | None = None,
+    bins: Literal["edges", "uniform"] = "edges",
+    shift: bool = False,
 ) -> Tensor:
     """Masks for all global crops of a step.
 
-    `floor(crops * probability)` of them are masked; masked crop j hides exactly
-    `floor(N * r[j + 1])` patches with r spread evenly over `ratio`, so that the total is the same
-    in every step. Draw them for the whole step: for single crops the mean ratio rises to the upper
-    end. Which crops are masked is independent of the image.
+    `floor(crops * probability)` of them are masked. `ratio` is cut into as many bins of equal
+    width, and masked crop j hides exactly `floor(N * r)` patches with r from bin j: its upper edge
+    (DINOv3: the total is the same in every step), or a uniform draw (DINOv2, arXiv 2304.07193).
+    Draw them for the whole step: with upper edges the mean ratio of a single masked crop is the
+    largest one. Which crops are masked is independent of the image.
+
+    Order of the draws, masked crops first and from the smallest bin: r where it is drawn, for each
+    block its area, aspect and, if it is smaller than the grid, its top and left, then the single
+    patches that complete the count, then the rows and columns of the shift. For every other crop a
+    completion of none. At last the order of the crops.
 
     Args:
         crops: global crops of the step.
@@ -56,7 +65,10 @@ def block_masks(
         draws: the random numbers.
         probability: share of crops that are masked.
         ratio: smallest and largest masked share of a crop.
-        most: largest block in patches; None is half of the grid.
+        most: largest block in patches; None is half of the grid, see `reference_block_limit`.
+        bins: where in its bin the ratio of a crop lies.
+        shift: rolls every mask by a random number of rows and columns, so that the border, which
+            few blocks reach, is hidden as often as the centre.
 
     Returns:
         bool `(crops, h * w)`, row-major, True = hidden.
@@ -64,12 +76,30 @@ def block_masks(
     cells = grid[0] * grid[1]
     most = cells // 2 if most is None else most
     masked = int(crops * probability)
-    edges = torch.linspace(ratio[0], ratio[1], masked + 1)
-    counts = [int(cells * edges[j + 1].item()) for j in range(masked)]
-    masks = [_one_mask(count, grid, draws, most) for count in counts]
+    edges: list[float] = torch.linspace(ratio[0], ratio[1], masked + 1).tolist()
+    masks: list[Tensor] = []
+    for low, high in itertools.pairwise(edges):
+        share = draws.uniform(low, high) if bins == "uniform" else high
+        mask = _one_mask(int(cells * share), grid, draws, most)
+        if shift:
+            moved = draws.randint(0, grid[0] - 1), draws.randint(0, grid[1] - 1)
+            mask = mask.view(grid).roll(moved, dims=(0, 1)).flatten()
+        masks.append(mask)
     masks += [_one_mask(0, grid, draws, most) for _ in range(crops - masked)]
     draws.shuffle(masks)
     return torch.stack(masks)
+
+
+def reference_block_limit(size_px: int, patch: int) -> int:
+    """The reference's largest block in patches, less than half of a grid with an odd side.
+
+    `0.5 * size_px // patch * size_px // patch` from left to right: 21 patches, not 24, for 7 x 7.
+
+    Args:
+        size_px: side of the global crop in pixels.
+        patch: side of a patch in pixels.
+    """
+    return int(0.5 * size_px // patch * size_px // patch)
 
 
 def mask_weights(masks: Tensor) -> Tensor:

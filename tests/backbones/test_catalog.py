@@ -19,12 +19,17 @@ MILLIONS = {
     "vitl16": 303.15,
     "vith16plus": 840.63,
     "vit7b16": 6716.04,
+    "vits16_dino": 21.67,
+    "vits14_dinov2": 22.06,
+    "vitb14_dinov2": 86.58,
     "cnx_tiny": 27.82,
     "cnx_small": 49.5,
     "cnx_base": 87.6,
     "cnx_large": 196.2,
 }
 """Published sizes without heads; the first two are ours."""
+
+LEARNED = [name for name in CATALOG if "_dino" in name]
 
 HIDDEN = {"vits16": 1536, "vits16plus": 1536, "vith16plus": 5120, "vit7b16": 8192}
 
@@ -57,7 +62,7 @@ def test_hidden_width_is_the_published_one(name, width):
     assert first.out_features == width
 
 
-@pytest.mark.parametrize("name", [name for name in CATALOG if name.startswith("vit")])
+@pytest.mark.parametrize("name", [n for n in CATALOG if n[:3] == "vit" and n not in LEARNED])
 def test_released_settings(name):
     config = CATALOG[name]
     assert isinstance(config, ViTConfig)
@@ -67,7 +72,19 @@ def test_released_settings(name):
     assert config.qkv_bias is (name != "vit7b16")
 
 
-@pytest.mark.parametrize("name", ["vitmicro8", "vittiny16", "vits16"])
+@pytest.mark.parametrize("name", LEARNED)
+def test_settings_with_learned_positions(name):
+    config = CATALOG[name]
+    assert isinstance(config, ViTConfig)
+    assert (config.positions, config.registers, config.norm_eps) == ("learned", 0, 1e-6)
+    assert (config.qkv_bias, config.mask_k_bias) == (True, False)
+    dinov2 = name.endswith("dinov2")
+    assert config.layerscale == (1e-5 if dinov2 else None)
+    assert (config.patch_size, config.position_grid) == ((14, 37) if dinov2 else (16, 14))
+    assert LEARNED == ["vits16_dino", "vits14_dinov2", "vitb14_dinov2"]
+
+
+@pytest.mark.parametrize("name", ["vitmicro8", "vittiny16", "vits16", "vits16_dino"])
 def test_small_ones_run(name):
     config = CATALOG[name]
     assert isinstance(config, ViTConfig)
@@ -93,7 +110,7 @@ def test_released_files_are_known_by_their_digits():
 
 def test_released_architectures_are_in_the_catalogue():
     assert {released.architecture for released in RELEASED.values()} == {
-        name for name in CATALOG if name not in ("vitmicro8", "vittiny16")
+        name for name in CATALOG if name not in ("vitmicro8", "vittiny16", *LEARNED)
     }
     assert len(RELEASED) == 12
     assert all(len(digits) == 8 and int(digits, 16) for digits in RELEASED)

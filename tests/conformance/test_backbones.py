@@ -19,6 +19,7 @@ from dino_adapters.contracts import (
 
 SOURCES = {
     "vit": ("vitmicro8", {"depth": 2}),
+    "learned": ("vits16_dino", {"depth": 2, "position_grid": 4}),
     "convnext": ("cnx_tiny", {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}),
     "timm_cnn": ("resnet10t", None),
     "timm_mobile": ("tf_efficientnet_lite0", None),

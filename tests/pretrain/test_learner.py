@@ -10,9 +10,16 @@ from dino_adapters.backbones import build_network
 from dino_adapters.pretrain.augment import Crops
 from dino_adapters.pretrain.learner import SelfDistillation
 from dino_adapters.pretrain.masks import block_masks
-from dino_adapters.recipes.pretrain import ObjectiveRecipe
+from dino_adapters.pretrain.optim import Knobs
+from dino_adapters.recipes.sections import ObjectiveRecipe
 
 IMAGES = 3
+
+
+def knobs(temperature=0.05, **others):
+    return Knobs(0, 1e-3, 1e-3, 0.04, 0.9, temperature, **others)
+
+
 SMALL = {"embed_dim": 24, "num_heads": 2, "depth": 2, "rope_rescale": None, "layerscale": 1.0}
 
 
@@ -77,19 +84,19 @@ def written_out(made, given, temperature):
     for view in range(views):
         x = F.normalize(hidden.cls[view * IMAGES : (view + 1) * IMAGES], dim=-1)
         gap = torch.cdist(x, x) + torch.eye(IMAGES) * 9
-        total = total - o.koleo_weight * gap.min(dim=1).values.log().mean()
+        total = total - o.regularizer_weight * gap.min(dim=1).values.log().mean()
     return total
 
 
 @pytest.mark.parametrize(("local_count", "views"), [(2, 2), (0, 2), (3, 3)])
 def test_total_and_gradients_equal_the_written_out_step(local_count, views):
-    made, given = learner(koleo_weight=0.3, ibot_weight=0.7), crops(local_count, views)
-    made.losses(given, 0.07).total.backward()
+    made, given = learner(regularizer_weight=0.3, ibot_weight=0.7), crops(local_count, views)
+    made.losses(given, knobs(0.07, regularizer_weight=0.3)).total.backward()
     ours = {n: p.grad.clone() for n, p in made.student.named_parameters() if p.grad is not None}
     made.student.zero_grad()
     expected = written_out(made, given, 0.07)
     expected.backward()
-    total = made.losses(given, 0.07).total
+    total = made.losses(given, knobs(0.07, regularizer_weight=0.3)).total
     assert total.item() == pytest.approx(expected.item(), rel=1e-5)
     theirs = {n: p.grad for n, p in made.student.named_parameters() if p.grad is not None}
     assert set(ours) == set(theirs)
@@ -100,9 +107,9 @@ def test_total_and_gradients_equal_the_written_out_step(local_count, views):
 def test_the_teacher_gets_no_gradient_and_moves_by_the_average():
     made = learner()
     before = [p.clone() for p in made.teacher.parameters()]
-    made.losses(crops(), 0.05).total.backward()
+    made.losses(crops(), knobs()).total.backward()
     assert all(p.grad is None for p in made.teacher.parameters())
-    made.update_teacher(0.9)
+    made.after(knobs())
     student = made.student.parameters()
     for old, now, other in zip(before, made.teacher.parameters(), student, strict=True):
         torch.testing.assert_close(now, 0.9 * old + 0.1 * other)
@@ -116,15 +123,15 @@ def test_a_network_without_masks_trains_without_ibot():
     assert not made.with_ibot
     assert "ibot_head" not in made.student
     given = Crops(torch.randn(4, 3, 64, 64), torch.randn(4, 3, 32, 32), None, 2)
-    losses = made.losses(given, 0.05)
-    assert losses.ibot is None
+    losses = made.losses(given, knobs())
+    assert "ibot" not in losses.terms
     assert "ibot" not in losses.numbers()
     losses.total.backward()
 
 
 def test_bf16_stays_near_fp32():
     made, given = learner(), crops()
-    exact = made.losses(given, 0.07).numbers()
+    exact = made.losses(given, knobs(0.07, regularizer_weight=0.3)).numbers()
     made.bf16 = True
-    for name, value in made.losses(given, 0.07).numbers().items():
+    for name, value in made.losses(given, knobs(0.07, regularizer_weight=0.3)).numbers().items():
         assert value == pytest.approx(exact[name], rel=0.05, abs=0.05), name

@@ -21,7 +21,7 @@ from dino_adapters.contracts import (
 )
 from dino_adapters.pretrain import loop, pretrain
 from dino_adapters.pretrain.checkpoint import checkpoints
-from dino_adapters.recipes.pretrain import ModelRecipe
+from dino_adapters.recipes.sections import ModelRecipe
 from dino_adapters.runtime.runfolder import RunFolder
 
 
@@ -55,7 +55,7 @@ def test_the_export_is_the_teacher(tiny, tmp_path):
     export = pretrain(tiny(), folder, quiet=True)
     state = torch.load(folder.checkpoints / "step_00000006" / "state.pt", weights_only=True)
     for name, tensor in weights(export).items():
-        assert torch.equal(tensor, state["teacher"][f"backbone.{name}"]), name
+        assert torch.equal(tensor, state["learner"]["teacher"][f"backbone.{name}"]), name
 
 
 def test_weights_move_and_the_loss_falls(tiny, tmp_path):
@@ -127,17 +127,17 @@ def test_nothing_of_a_step_that_is_not_finite_is_applied(tiny, tmp_path, monkeyp
     losses = run.learner.losses
     calls, before = [], {}
 
-    def poisoned(crops, temperature):
+    def poisoned(crops, knobs):
         calls.append(1)
         if len(calls) == 4:
             crops.global_crops[0] = float("nan")
-            before.update((k, v.clone()) for k, v in run.learner.student.state_dict().items())
-        return losses(crops, temperature)
+            before.update((k, v.clone()) for k, v in run.learner.students[""].state_dict().items())
+        return losses(crops, knobs)
 
     run.learner.losses = poisoned
     with pytest.raises(NotFiniteError, match="Step 3 is not finite"):
         pretrain(recipe, folder, quiet=True)
-    for name, tensor in run.learner.student.state_dict().items():
+    for name, tensor in run.learner.students[""].state_dict().items():
         assert torch.equal(tensor, before[name]), name
 
 

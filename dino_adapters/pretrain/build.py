@@ -1,0 +1,204 @@
+"""The networks and the method of a run, and whether its crops suit them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+
+from dino_adapters.backbones import ConvNeXt, VisionTransformer, build_network
+from dino_adapters.contracts import BackboneInfo, Network, RecipeError, ShapeError
+from dino_adapters.pretrain.distill import Distillation, FeatureDistillation
+from dino_adapters.pretrain.intake import Intake
+from dino_adapters.pretrain.learner import Learner, SelfDistillation
+from dino_adapters.pretrain.origin import Origin, gram_network, has_heads, with_heads
+from dino_adapters.pretrain.sizes import all_sizes
+from dino_adapters.recipes.pretrain import PretrainRecipe
+from dino_adapters.recipes.sections import DistillRecipe, ModelRecipe, StudentRecipe
+from dino_adapters.runtime.chance import derive
+from dino_adapters.runtime.console import Notices
+
+LOGGER = logging.getLogger(__name__)
+
+
+def make_learner(
+    recipe: PretrainRecipe, intake: Intake, origin: Origin, device: torch.device, notices: Notices
+) -> tuple[Learner, dict[str, BackboneInfo]]:
+    """The method of a run with all its networks, and their cards.
+
+    The card under the empty name is that of the network which images are prepared for: the
+    student's, or in a distillation the teacher's; students follow by name.
+
+    Raises:
+        RecipeError, WeightsError, ShapeError: a network cannot be had, or does not fit the others.
+    """
+    bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and device.type == "cuda")
+    if recipe.distill is not None:
+        return _distillation(recipe, recipe.distill, intake, origin, device, bf16, notices)
+    network, info = make_network(recipe, intake, origin, notices)
+    learner = SelfDistillation(
+        network,
+        recipe.objective,
+        seed=recipe.seed,
+        device=device,
+        bf16=bf16,
+        gram=recipe.gram,
+        gram_network=gram_network(recipe.gram, info, origin, notices),
+    )
+    previous = origin.previous
+    if origin.start == "teacher" and previous is not None:
+        export = str(previous.export)
+        if has_heads(export):
+            ready = with_heads(network, info, export, learner.objective).state_dict()
+            learner.student.load_state_dict(ready)
+            learner.teacher.load_state_dict(ready)
+    return learner, {"": info}
+
+
+def make_network(
+    recipe: PretrainRecipe, intake: Intake, origin: Origin, notices: Notices
+) -> tuple[nn.Module, BackboneInfo]:
+    """The student's network for the bands of the images.
+
+    Raises:
+        RecipeError, WeightsError, ShapeError: it cannot be had, or does not take the crops.
+    """
+    model, previous = recipe.model, origin.previous
+    taken = None if origin.start == "fresh" or previous is None else str(previous.export)
+    fresh = taken is None
+    network, info = build_network(
+        model.source if taken is None else taken,
+        bands=intake.bands,
+        architecture=(model.architecture or None) if fresh else None,
+        checkpoint=Path(model.checkpoint) if model.checkpoint and fresh else None,
+        drop_path=model.drop_path,
+        mean=intake.mean if fresh else None,
+        std=intake.std if fresh else None,
+        seed=derive(recipe.seed, "network"),
+        notices=notices,
+    )
+    if not isinstance(network, VisionTransformer | ConvNeXt):
+        refuse_drops(model, info.name)
+    # In this layout convolutions run 1.6 times as fast (EfficientNet-Lite0, 96 px, 2 CPU cores).
+    network = network.to(memory_format=torch.channels_last)
+    check_crops(network, info, recipe, coarsest=info.patch_size)
+    return network, info
+
+
+def _distillation(
+    recipe: PretrainRecipe,
+    distill: DistillRecipe,
+    intake: Intake,
+    origin: Origin,
+    device: torch.device,
+    bf16: bool,
+    notices: Notices,
+) -> tuple[Learner, dict[str, BackboneInfo]]:
+    source = distill.teacher
+    if source is None:
+        if origin.previous is None:
+            raise RecipeError(
+                "The first phase is a distillation without a teacher. Set distill.teacher, or let "
+                "another phase come before it."
+            )
+        source = str(origin.previous.export)
+    source = origin.find(source)
+    teacher, info = build_network(source, bands=intake.bands, notices=notices)
+    by_heads = distill.by == "heads" or (distill.by == "auto" and has_heads(source))
+    if by_heads and not has_heads(source):
+        raise RecipeError(
+            f"distill.by is heads, and {info.name} comes without any. Take an export of a run, or "
+            "set distill.by=features."
+        )
+    if not by_heads and recipe.crops.local_count:
+        raise RecipeError(
+            f"{info.name} has no heads, so whole views are compared feature by feature, and local "
+            f"crops ({recipe.crops.local_count}) have no part in it. Set crops.local_count=0."
+        )
+    infos, backbones = {"": info}, {}
+    for name, student in distill.students.items():
+        backbones[name], infos[name] = _student(name, student, info, recipe.seed, notices)
+    coarsest = max(card.patch_size for card in infos.values())
+    for name, card in infos.items():
+        check_crops(backbones.get(name, teacher), card, recipe, coarsest=coarsest)
+    told = {"seed": recipe.seed, "device": device, "bf16": bf16}
+    if not by_heads:
+        LOGGER.info("%s has no heads: its features are imitated.", info.name)
+        return FeatureDistillation(teacher, backbones, recipe.objective, **told), infos
+    networks = with_heads(teacher, info, source, recipe.objective)
+    return Distillation(networks, backbones, recipe.objective, **told), infos
+
+
+def _student(
+    name: str, student: StudentRecipe, teacher: BackboneInfo, seed: int, notices: Notices
+) -> tuple[nn.Module, BackboneInfo]:
+    network, info = build_network(
+        student.source,
+        bands=teacher.bands,
+        architecture=student.architecture or None,
+        drop_path=student.drop_path,
+        mean=teacher.mean,
+        std=teacher.std,
+        seed=derive(seed, f"network/{name}"),
+        notices=notices,
+    )
+    if not isinstance(network, VisionTransformer | ConvNeXt):
+        refuse_drops(
+            ModelRecipe(source=student.source, architecture=student.architecture), info.name
+        )
+    return network.to(memory_format=torch.channels_last), replace(info, name=info.name)
+
+
+def refuse_drops(model: ModelRecipe, name: str) -> None:
+    """Networks of timm draw from the global generator, so their drops could not be repeated.
+
+    Raises:
+        RecipeError: drop path or dropout is on.
+    """
+    asked = {"model.drop_path": model.drop_path}
+    asked |= {f"model.architecture.{k}": v for k, v in model.architecture.items() if "drop" in k}
+    for key, value in asked.items():
+        if value:
+            raise RecipeError(
+                f"{key} is {value}, but {name} is not one of our networks, whose drops can be "
+                "repeated after a resume. Set it to 0."
+            )
+
+
+def check_crops(
+    network: nn.Module, info: BackboneInfo, recipe: PretrainRecipe, *, coarsest: int
+) -> None:
+    """Sends an empty crop of each size through the network, so that a misfit shows now.
+
+    Args:
+        network: the network.
+        info: its card.
+        recipe: sizes of the crops.
+        coarsest: the patch size that they refer to; finer networks get smaller crops.
+
+    Raises:
+        ShapeError: the network refuses a crop size, or makes another grid of it than the others.
+    """
+    sides = set()
+    for sizes in all_sizes(recipe):
+        sides.add(sizes.global_size)
+        if recipe.crops.local_count:
+            sides.add(sizes.local_size)
+        if sizes.gram_size is not None:
+            sides.add(sizes.gram_size)
+    network.eval()
+    with torch.no_grad():
+        for side in sorted(sides):
+            own = side * info.patch_size // coarsest
+            seen = cast(Network, network)(torch.zeros(1, len(info.bands), own, own))
+            if seen.grid != (side // coarsest, side // coarsest):
+                raise ShapeError(
+                    f"{info.name} makes {seen.grid[0]} x {seen.grid[1]} patches of a crop of "
+                    f"{own} px, and {side // coarsest} x {side // coarsest} were expected. Make "
+                    f"crop sizes multiples of {coarsest} px."
+                )
+    network.train()

@@ -1,0 +1,87 @@
+"""What a phase delivers: the moving averages, with what is known of them."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dino_adapters.backbones import export_backbone
+from dino_adapters.contracts import BackboneInfo
+from dino_adapters.pretrain.distill import FeatureDistillation
+from dino_adapters.pretrain.learner import Learner
+from dino_adapters.pretrain.origin import HEADS, heads_of
+from dino_adapters.pretrain.sizes import all_sizes
+from dino_adapters.recipes.pretrain import PretrainRecipe
+
+REGULARIZERS = {"koleo": "KoLeo", "kde": "KDE", "sigreg": "SIGReg"}
+
+
+def export_averages(
+    recipe: PretrainRecipe,
+    learner: Learner,
+    infos: dict[str, BackboneInfo],
+    folder: Path,
+    said: dict[str, Any],
+) -> Path:
+    """Writes each moving average, backbone and heads; several students get a folder each.
+
+    Args:
+        recipe: of the phase.
+        learner: with the averages.
+        infos: cards of the networks as they were at the start.
+        folder: the export folder.
+        said: numbers of the run for the card: `steps`, `images` and more.
+    """
+    coarsest = max(info.patch_size for info in infos.values())
+    largest = max(sizes.global_size for sizes in all_sizes(recipe))
+    told = recipe.model_dump(mode="json", exclude={"data": {"source", "labels"}, "split": True})
+    for name, networks in learner.averages.items():
+        info, distill = infos[name], recipe.distill
+        training: dict[str, Any] = {
+            "method": method_of(recipe, learner),
+            "start": recipe.model.source if distill is None else distill.students[name].source,
+            "started_from": dict(info.training),
+            **said,
+            "recipe": told,
+        }
+        now = replace(
+            info,
+            size=largest * info.patch_size // coarsest,
+            training=training,
+            untrained_bands=() if said.get("steps") else info.untrained_bands,
+        )
+        heads = heads_of(networks)
+        export_backbone(
+            networks["backbone"],
+            now,
+            folder / name if len(learner.averages) > 1 else folder,
+            overwrite=True,
+            beside={HEADS: heads} if heads else None,
+        )
+    return folder
+
+
+def method_of(recipe: PretrainRecipe, learner: Learner) -> str:
+    """The terms of the objective in words."""
+    if isinstance(learner, FeatureDistillation):
+        return "feature distillation"
+    terms = ["DINO"]
+    if learner.with_ibot:
+        terms.append("iBOT")
+    if recipe.objective.regularizer != "none" and recipe.objective.regularizer_weight > 0:
+        terms.append(REGULARIZERS[recipe.objective.regularizer])
+    if recipe.gram is not None:
+        terms.append("Gram")
+    return ("distillation: " if recipe.distill else "") + " + ".join(terms)
+
+
+def copy_export(export: Path, target: Path) -> Path:
+    """Copies an export to another folder; whole or not at all."""
+    partial = target.with_name(f".{target.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(export, partial)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+    return target

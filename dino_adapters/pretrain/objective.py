@@ -1,0 +1,287 @@
+"""The objective of one step (DINOv3, arXiv 2508.10104, section 3), term by term.
+
+    L = w_dino (s_g L_DINO,global + s_l w_local(t) L_DINO,local) + w_ibot L_iBOT
+        + w_spread(t) Σ_global crops L_spread + w_gram(t) L_Gram
+
+`teach` says what the teacher makes of the global crops, `learn` what the student makes of all of
+them, `terms` compares the two. L_Gram is added by `learner.SelfDistillation`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from dino_adapters.contracts import Network
+from dino_adapters.pretrain.augment import Crops
+from dino_adapters.pretrain.losses import dino_loss, exact, ibot_loss, koleo_loss
+from dino_adapters.pretrain.masks import mask_weights
+from dino_adapters.pretrain.optim import Knobs
+from dino_adapters.pretrain.prototypes import ProjectionHead
+from dino_adapters.pretrain.regularizers import kde_loss, sigreg_loss
+from dino_adapters.pretrain.targets import sinkhorn_knopp, softmax_centering, update_center
+from dino_adapters.recipes.sections import ObjectiveRecipe
+from dino_adapters.runtime.chance import generator
+
+
+@dataclass(frozen=True, slots=True)
+class Teaching:
+    """What a teacher makes of one step's global crops.
+
+    Attributes:
+        cls: class tokens `(G, B, D)`.
+        patches: patch tokens `(G * B, N, D)`.
+        grid: patches per column and row.
+        logits: class-token scores `(G, B, K)`.
+        dino: balanced targets `(G, B, K)`.
+        ibot: balanced targets of masked patches `(M, K')`, or None.
+    """
+
+    cls: Tensor
+    patches: Tensor
+    grid: tuple[int, int]
+    logits: Tensor
+    dino: Tensor
+    ibot: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Learning:
+    """What a student makes of one step's crops.
+
+    Attributes:
+        cls: class tokens of global crops `(G, B, D)`.
+        patches: their patch tokens `(G * B, N, D)`.
+        grid: patches per column and row.
+        logits: their class-token scores `(G, B, K)`.
+        local_cls, local_patches, local_logits: the same of local crops, or None.
+        ibot: scores of masked patches `(M, K')`, or None.
+    """
+
+    cls: Tensor
+    patches: Tensor
+    grid: tuple[int, int]
+    logits: Tensor
+    local_cls: Tensor | None
+    local_patches: Tensor | None
+    local_logits: Tensor | None
+    ibot: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """The total that is differentiated, and its unweighted terms by name, those that are used."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+    def plus(self, name: str, value: Tensor, weight: float) -> Losses:
+        """These losses and one more term."""
+        return Losses(self.total + weight * value, self.terms | {name: value})
+
+    def numbers(self) -> dict[str, float]:
+        """Names and values for logs."""
+        return {"loss": self.total.item()} | {k: v.item() for k, v in self.terms.items()}
+
+
+def make_networks(backbone: nn.Module, objective: ObjectiveRecipe, *, seed: int) -> nn.ModuleDict:
+    """A backbone with its heads: `dino_head`, and `ibot_head` where the term is on.
+
+    With `shared_head` the first serves both terms.
+    """
+    o = objective
+    widths = {"dino_head": (o.prototypes, o.hidden_dim, o.bottleneck_dim)}
+    if o.ibot_weight > 0 and not o.shared_head:
+        widths["ibot_head"] = (
+            o.ibot_prototypes or o.prototypes,
+            o.ibot_hidden_dim or o.hidden_dim,
+            o.ibot_bottleneck_dim or o.bottleneck_dim,
+        )
+    networks: dict[str, nn.Module] = {"backbone": backbone}
+    for index, (name, (prototypes, hidden, bottleneck)) in enumerate(widths.items()):
+        head = ProjectionHead(
+            cast(Network, backbone).embed_dim,
+            prototypes,
+            hidden_dim=hidden,
+            bottleneck_dim=bottleneck,
+            layers=o.head_layers,
+            weight_norm=o.weight_norm,
+        )
+        head.reset_parameters(generator(seed, "heads", index), prototype_norm=o.prototype_norm)
+        networks[name] = head
+    return nn.ModuleDict(networks)
+
+
+def ibot_head(networks: nn.ModuleDict) -> nn.Module:
+    """The head of masked patches."""
+    return networks["ibot_head" if "ibot_head" in networks else "dino_head"]
+
+
+class Balance:
+    """Turns the teacher's scores into targets, by Sinkhorn-Knopp or about a moving centre.
+
+    Attributes:
+        centers: `(1, K)` per term, of softmax centering; empty with Sinkhorn-Knopp.
+    """
+
+    def __init__(self, objective: ObjectiveRecipe) -> None:
+        self.objective = objective
+        self.centers: dict[str, Tensor] = {}
+        self._next: dict[str, Tensor] = {}
+
+    def __call__(self, term: str, logits: Tensor, temperature: float) -> Tensor:
+        """Targets `(B, K)` of logits `(B, K)`."""
+        o = self.objective
+        if o.centering == "sinkhorn":
+            return sinkhorn_knopp(logits, temperature=temperature, rounds=o.sinkhorn_rounds)
+        center = self.centers.get(term)
+        if center is None:
+            center = exact(logits).new_zeros(1, logits.shape[1])
+        targets = softmax_centering(logits, center, temperature=temperature)
+        self._next[term] = update_center(center, logits, momentum=o.center_momentum)
+        return targets
+
+    def move(self) -> None:
+        """Moves the centres; after the step, so that a step which is refused leaves them alone."""
+        self.centers |= self._next
+        self._next = {}
+
+
+@torch.no_grad()
+def teach(
+    networks: nn.ModuleDict,
+    global_crops: Tensor,
+    masks: Tensor | None,
+    images: int,
+    balance: Balance,
+    temperature: float,
+) -> Teaching:
+    """The teacher's view of the global crops, which it sees without masks.
+
+    Args:
+        networks: backbone and heads, in eval mode.
+        global_crops: `(G * B, C, S, S)`.
+        masks: bool `(G * B, N)`; True where iBOT wants a target. None without iBOT.
+        images: B.
+        balance: turns scores into targets.
+        temperature: divides the scores.
+    """
+    views = len(global_crops) // images
+    features = networks["backbone"](global_crops)
+    logits = networks["dino_head"](features.cls)
+    dino = balance("dino", logits, temperature)
+    ibot = None
+    if masks is not None:
+        ibot = balance("ibot", ibot_head(networks)(features.patches[masks]), temperature)
+    return Teaching(
+        cls=features.cls.unflatten(0, (views, images)),
+        patches=features.patches,
+        grid=features.grid,
+        logits=logits.unflatten(0, (views, images)),
+        dino=dino.unflatten(0, (views, images)),
+        ibot=ibot,
+    )
+
+
+def learn(networks: nn.ModuleDict, crops: Crops, *, hide: bool) -> Learning:
+    """The student's view of all crops.
+
+    Args:
+        networks: backbone and heads, in train mode.
+        crops: the views; with masks, iBOT's scores are made at the masked patches.
+        hide: whether the masked patches are hidden from the student; not in distillation.
+    """
+    views, images = len(crops.global_crops) // crops.images, crops.images
+    groups = [crops.global_crops]
+    if crops.local_crops is not None:
+        groups.append(crops.local_crops)
+    hidden = [crops.masks if hide else None, None][: len(groups)]
+    features = cast(Network, networks["backbone"]).forward_crops(groups, hidden)
+    logits = networks["dino_head"](torch.cat([f.cls for f in features]))
+    count = views * images
+    ibot = None
+    if crops.masks is not None:
+        ibot = ibot_head(networks)(features[0].patches[crops.masks])
+    local = features[1] if len(features) > 1 else None
+    return Learning(
+        cls=features[0].cls.unflatten(0, (views, images)),
+        patches=features[0].patches,
+        grid=features[0].grid,
+        logits=logits[:count].unflatten(0, (views, images)),
+        local_cls=local.cls.unflatten(0, (-1, images)) if local else None,
+        local_patches=local.patches if local else None,
+        local_logits=logits[count:].unflatten(0, (-1, images)) if local else None,
+        ibot=ibot,
+    )
+
+
+def terms(
+    objective: ObjectiveRecipe,
+    student: Learning,
+    teacher: Teaching,
+    crops: Crops,
+    knobs: Knobs,
+    head: ProjectionHead,
+) -> Losses:
+    """All terms but Gram's, and their weighted sum.
+
+    The shares s_g and s_l are those of the pairs of crops that are compared, so that every pair
+    weighs the same.
+
+    Args:
+        objective: weights and options.
+        student: what the student makes of the crops.
+        teacher: what the teacher does.
+        crops: the views, for their masks.
+        knobs: the step's weights.
+        head: the student's DINO head, whose bottleneck SIGReg looks at.
+    """
+    o, views = objective, len(student.logits)
+    temp = o.student_temperature
+    dino_global = dino_loss(
+        student.logits, teacher.dino, temperature=temp, drop_diagonal=o.drop_diagonal
+    )
+    found = {"dino_global": dino_global}
+    pairs_global = views * (views - 1) if o.drop_diagonal else views * views
+    pairs_local = 0 if student.local_logits is None else views * len(student.local_logits)
+    share = pairs_global / (pairs_global + pairs_local)
+    dino = share * dino_global
+    if student.local_logits is not None:
+        found["dino_local"] = dino_loss(student.local_logits, teacher.dino, temperature=temp)
+        dino = dino + (1 - share) * knobs.local_weight * found["dino_local"]
+    losses = Losses(o.dino_weight * dino, found)
+    if student.ibot is not None and teacher.ibot is not None and crops.masks is not None:
+        weights = mask_weights(crops.masks)
+        value = ibot_loss(student.ibot, teacher.ibot, weights, len(crops.masks), temperature=temp)
+        losses = losses.plus("ibot", value, o.ibot_weight)
+    if o.regularizer != "none":
+        value = spread(o, student.cls, head, knobs.step)
+        losses = losses.plus(o.regularizer, value, views * knobs.regularizer_weight)
+    return losses
+
+
+def spread(objective: ObjectiveRecipe, cls: Tensor, head: ProjectionHead, step: int) -> Tensor:
+    """The regularizer that keeps class tokens apart: mean over global crops, each by itself.
+
+    Args:
+        objective: which one, and its options.
+        cls: class tokens `(G, B, D)` before the head.
+        head: for SIGReg, which looks at the bottleneck before its normalisation.
+        step: seeds SIGReg's directions.
+    """
+    each = []
+    for tokens in cls:
+        if objective.regularizer == "kde":
+            each.append(kde_loss(tokens))
+        elif objective.regularizer == "sigreg":
+            each.append(sigreg_loss(head.trunk(exact(tokens)), step=step))
+        else:
+            each.append(
+                koleo_loss(
+                    tokens, neighbours=objective.koleo_neighbours, group=objective.koleo_group
+                )
+            )
+    return torch.stack(each).mean()

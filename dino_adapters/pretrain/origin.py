@@ -1,0 +1,152 @@
+"""Where the networks of a phase come from: nothing, the phase before, its snapshots, or a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dino_adapters.backbones import build_network
+from dino_adapters.contracts import BackboneInfo, RecipeError, WeightsError
+from dino_adapters.pretrain.objective import make_networks
+from dino_adapters.recipes.sections import GramRecipe, ObjectiveRecipe
+from dino_adapters.runtime.console import Notices
+from dino_adapters.runtime.runfolder import RunFolder
+
+HEADS = "heads.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a phase starts from.
+
+    Attributes:
+        start: `fresh`, or what is taken over from the phase before: its `state`, or its `teacher`.
+        earlier: folders of the phases before this one, by name, in order.
+        phased: whether this is a phase of a longer run.
+    """
+
+    start: Literal["fresh", "state", "teacher"] = "fresh"
+    earlier: Mapping[str, RunFolder] = field(default_factory=dict)
+    phased: bool = False
+
+    @property
+    def previous(self) -> RunFolder | None:
+        """The folder of the phase before."""
+        return list(self.earlier.values())[-1] if self.earlier else None
+
+    def find(self, word: str) -> str:
+        """The export that `PHASE` or `PHASE@STEP` names; any other word as it is.
+
+        Raises:
+            RecipeError: that phase kept no snapshot of that step.
+        """
+        name, _, step = word.partition("@")
+        if name not in self.earlier:
+            return word
+        folder = self.earlier[name]
+        if not step:
+            return str(folder.export)
+        found = snapshot_folder(folder, int(step))
+        if not found.is_dir():
+            there = sorted(int(p.name.removeprefix("step_")) for p in found.parent.glob("step_*"))
+            raise RecipeError(
+                f"The phase {name} kept no snapshot of step {step}, only of {there}. Name one of "
+                "them, or set checkpoint.snapshots of that phase."
+            )
+        return str(found)
+
+
+FRESH = Origin()
+
+
+def snapshot_folder(folder: RunFolder, step: int) -> Path:
+    """Where the backbone of a step is exported on the way."""
+    return folder.path / "snapshots" / f"step_{step:08d}"
+
+
+def heads_of(networks: nn.ModuleDict) -> dict[str, Tensor]:
+    """Tensors of the heads, `HEAD.NAME`, for a file beside the backbone's."""
+    return {
+        f"{name}.{key}": tensor
+        for name, module in networks.items()
+        if name.endswith("_head")
+        for key, tensor in module.state_dict().items()
+    }
+
+
+def has_heads(export: str) -> bool:
+    """Whether an export holds the heads that it was trained with."""
+    return (Path(export) / HEADS).is_file()
+
+
+def with_heads(
+    backbone: nn.Module, info: BackboneInfo, export: str, wanted: ObjectiveRecipe
+) -> nn.ModuleDict:
+    """A backbone with the heads that lie beside it.
+
+    Args:
+        backbone: of the export.
+        info: its card, which tells how the heads are built.
+        export: the folder.
+        wanted: the objective that will use them.
+
+    Raises:
+        RecipeError: the objective wants other prototypes than the heads have.
+        WeightsError: the file of the heads is damaged.
+    """
+    told = dict(info.training).get("recipe", {}).get("objective", {})
+    made = ObjectiveRecipe.model_validate(told)
+    ours = (wanted.prototypes, wanted.ibot_prototypes or wanted.prototypes)
+    theirs = (made.prototypes, made.ibot_prototypes or made.prototypes)
+    asks_ibot = wanted.ibot_weight > 0
+    if ours[0] != theirs[0] or (asks_ibot and ours[1] != theirs[1]):
+        raise RecipeError(
+            f"The heads in {export} have {theirs[0]} and {theirs[1]} prototypes (DINO, iBOT) and "
+            f"the recipe wants {ours[0]} and {ours[1]}. Set objective.prototypes and "
+            "objective.ibot_prototypes to theirs."
+        )
+    try:
+        tensors = load_file(Path(export) / HEADS)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(
+            f"The heads in {export} cannot be read ({error}). Export that run again."
+        ) from error
+    held = any(key.startswith("ibot_head.") for key in tensors)
+    if asks_ibot and not (held or made.shared_head):
+        raise RecipeError(
+            f"The network in {export} was trained without iBOT, so it has no head for it. Set "
+            "objective.ibot_weight=0."
+        )
+    built = make_networks(
+        backbone, made.model_copy(update={"ibot_weight": 1.0 if held else 0.0}), seed=0
+    )
+    built.load_state_dict({f"backbone.{k}": v for k, v in backbone.state_dict().items()} | tensors)
+    if not asks_ibot and held:
+        del built["ibot_head"]
+    return built
+
+
+def gram_network(
+    gram: GramRecipe | None, info: BackboneInfo, origin: Origin, notices: Notices
+) -> nn.Module | None:
+    """The Gram teacher's backbone, where it is not the moving average itself.
+
+    Raises:
+        RecipeError: it is not of the student's width or patch size.
+    """
+    if gram is None or gram.teacher in ("ema", "live"):
+        return None
+    network, other = build_network(origin.find(gram.teacher), bands=info.bands, notices=notices)
+    if (other.embed_dim, other.patch_size) != (info.embed_dim, info.patch_size):
+        raise RecipeError(
+            f"The Gram teacher {gram.teacher} has width {other.embed_dim} and patches of "
+            f"{other.patch_size} px, the student width {info.embed_dim} and {info.patch_size} px. "
+            "Take an earlier state of the same network."
+        )
+    return network

@@ -1,0 +1,153 @@
+"""A whole run: one phase, or several in order, each starting from the one before."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from dino_adapters.contracts import RecipeError, ShapeError, WeightsError
+from dino_adapters.data import load_source
+from dino_adapters.pretrain.assemble import import_modules
+from dino_adapters.pretrain.build import make_learner
+from dino_adapters.pretrain.delivery import copy_export, export_averages
+from dino_adapters.pretrain.intake import Intake
+from dino_adapters.pretrain.learner import Learner
+from dino_adapters.pretrain.loop import train
+from dino_adapters.pretrain.origin import Origin, snapshot_folder
+from dino_adapters.pretrain.resume import check_same_run
+from dino_adapters.pretrain.sizes import snapshot_steps
+from dino_adapters.recipes.pretrain import PretrainRecipe
+from dino_adapters.runtime.console import Notices
+from dino_adapters.runtime.runfolder import RunFolder
+
+LOGGER = logging.getLogger(__name__)
+CARD = "card.json"
+PHASES = "phases"
+
+
+def pretrain(
+    recipe: PretrainRecipe,
+    folder: RunFolder,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
+    notices: Notices | None = None,
+) -> Path:
+    """Trains without labels and exports the backbone: the moving average of the student.
+
+    Args:
+        recipe: everything that decides the result.
+        folder: where the run lives; new, or with `resume` one that holds a run of this recipe.
+            Phases have folders of their own in it, `phases/1_NAME`, each like that of a run.
+        resume: go on from the last checkpoint; finished phases are kept.
+        overwrite: replace a run that stands in the folder, once nothing is left to refuse.
+        overrides: the words `key=value` behind the recipe, for the record.
+        quiet: no progress display.
+        notices: collects what was skipped, converted or assumed.
+
+    Returns:
+        The export folder, for `load_backbone`; a distillation of several students has an export in
+        it for each.
+
+    Raises:
+        RunFolderError: the folder holds a run and `resume` is off.
+        RecipeError, DataError, WeightsError: found before the first step.
+        NotFiniteError: a loss or gradient was not finite; nothing of that step was applied.
+    """
+    notices = Notices() if notices is None else notices
+    if not recipe.phases:
+        return train(
+            recipe,
+            folder,
+            resume=resume,
+            overwrite=overwrite,
+            overrides=overrides,
+            quiet=quiet,
+            notices=notices,
+        )
+    with folder.lock():
+        check_phases(recipe, notices)
+        told = recipe.model_dump(mode="json")
+        if resume and folder.holds_a_run:
+            check_same_run(folder, told)
+        else:
+            if overwrite:
+                folder.empty()
+            folder.begin(told, overrides)
+        earlier: dict[str, RunFolder] = {}
+        for index, (phase, plan) in enumerate(recipe.plans(), start=1):
+            part = RunFolder(folder.path / PHASES / f"{index}_{phase.name}")
+            if any(part.export.rglob(CARD)):
+                LOGGER.info("phase %d, %s: done already", index, phase.name)
+            else:
+                LOGGER.info("phase %d of %d: %s", index, len(recipe.phases), phase.name)
+                origin = Origin(phase.start, earlier, phased=True)
+                train(plan, part, resume=True, quiet=quiet, notices=notices, origin=origin)
+            earlier = earlier | {phase.name: part}
+        return copy_export(list(earlier.values())[-1].export, folder.export)
+
+
+def check_phases(recipe: PretrainRecipe, notices: Notices) -> None:
+    """Refuses phases that do not fit together, before the first of them runs.
+
+    All networks are built as the phases will build them, each from an untrained export of the
+    phase before, so that nothing can differ between this check and the run.
+
+    Raises:
+        RecipeError: with the name of the phase and the reason.
+    """
+    earlier: dict[str, RunFolder] = {}
+    before: Learner | None = None
+    with TemporaryDirectory() as folder:
+        for phase, plan in recipe.plans():
+            part = RunFolder(Path(folder) / phase.name)
+            try:
+                before = _rehearse(plan, part, Origin(phase.start, earlier), before, notices)
+            except (RecipeError, ShapeError, WeightsError) as error:
+                raise RecipeError(f"Phase {phase.name}: {error}") from error
+            earlier = earlier | {phase.name: part}
+
+
+def _rehearse(
+    plan: PretrainRecipe,
+    folder: RunFolder,
+    origin: Origin,
+    before: Learner | None,
+    notices: Notices,
+) -> Learner:
+    """Builds a phase's networks and exports them untrained."""
+    if origin.start != "fresh":
+        if origin.previous is None or before is None:
+            raise RecipeError(
+                f"it starts from the {origin.start} of the phase before, and there is none. Set "
+                "start='fresh', and model.source to weights that exist."
+            )
+        if len(before.averages) > 1:
+            raise RecipeError(
+                f"the phase before made {len(before.averages)} students, so there is no one "
+                "network to go on with. Distil one, or go on in a run of its own."
+            )
+    import_modules(plan.imports)
+    device = torch.device("cpu")
+    intake = Intake(load_source(plan.data, notices=notices), plan, notices)
+    learner, infos = make_learner(plan, intake, origin, device, notices)
+    if origin.start == "state" and before is not None:
+        try:
+            learner.load_state({k: v for k, v in before.state().items() if k != "gram"})
+        except (KeyError, RuntimeError) as error:
+            raise RecipeError(
+                "its networks or heads are not those of the phase before, whose state it starts "
+                "from. Keep model and heads as they were, or set start='teacher'."
+            ) from error
+    export_averages(plan, learner, infos, folder.export, {"steps": 0})
+    for step in snapshot_steps(plan):
+        snapshot = snapshot_folder(folder, step)
+        snapshot.parent.mkdir(parents=True, exist_ok=True)
+        snapshot.symlink_to(folder.export, target_is_directory=True)
+    return learner
