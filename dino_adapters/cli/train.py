@@ -140,14 +140,15 @@ def pretrain(
         overrides=words,
         quiet=quiet or json,
     )
-    rows = folder.rows()
+    rows = [folder, *folder.phases.values()][-1].rows()
     if json:
         screen.as_json({"run": str(out), "export": str(exported), "last": rows[-1] if rows else {}})
         return
+    exports = sorted(card.parent for card in exported.rglob("card.json"))
     screen.say(
-        f"The frozen backbone is in {exported}.",
+        *(f"A frozen backbone is in {path}." for path in exports),
         f"Next: dino-adapters report {out}",
-        f"      dino-adapters embed {exported} DATA --out {out / 'features'}",
+        f"      dino-adapters embed {exports[0]} DATA --out {out / 'features'}",
     )
 
 

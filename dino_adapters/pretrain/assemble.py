@@ -182,6 +182,8 @@ def assemble(
         folder.drop_rows_from(run.progress.step)
     elif origin.start == "state" and origin.previous is not None:
         take_over(learner, run.optimizer, checkpoints(origin.previous.checkpoints)[-1])
+    if intake.size_note:
+        LOGGER.info("%s", intake.size_note)
     announce(run)
     return run
 

@@ -49,12 +49,24 @@ def make_learner(
         gram=recipe.gram,
         gram_network=gram_network(recipe.gram, info, origin, notices),
     )
+    if recipe.gram is not None and recipe.gram.tokens != "all" and not learner.with_ibot:
+        raise RecipeError(
+            f"gram.tokens is {recipe.gram.tokens}, and {info.name} trains without masks. Set "
+            "gram.tokens=all."
+        )
     previous = origin.previous
     if origin.start == "teacher" and previous is not None:
         export = str(previous.export)
         if has_heads(export):
             ready = with_heads(network, info, export, learner.objective).state_dict()
-            learner.student.load_state_dict(ready)
+            try:
+                learner.student.load_state_dict(ready)
+            except RuntimeError as error:
+                raise RecipeError(
+                    f"The heads in {export} are built otherwise than objective tells (hidden_dim, "
+                    "bottleneck_dim, head_layers, shared_head or weight_norm). Set them as they "
+                    "were when these heads were trained."
+                ) from error
             learner.teacher.load_state_dict(ready)
     return learner, {"": info}
 
@@ -128,7 +140,7 @@ def _distillation(
     told = {"seed": recipe.seed, "device": device, "bf16": bf16}
     if not by_heads:
         LOGGER.info("%s has no heads: its features are imitated.", info.name)
-        return FeatureDistillation(teacher, backbones, recipe.objective, **told), infos
+        return FeatureDistillation(teacher, backbones, **told), infos
     networks = with_heads(teacher, info, source, recipe.objective)
     return Distillation(networks, backbones, recipe.objective, **told), infos
 
@@ -193,6 +205,12 @@ def check_crops(
     network.eval()
     with torch.no_grad():
         for side in sorted(sides):
+            if side % coarsest and info.patch_size < coarsest:
+                raise ShapeError(
+                    f"A crop of {side} px is no multiple of {coarsest} px, the coarsest patch of "
+                    f"these networks, so {info.name} cannot get the same grid. Make crop sizes "
+                    f"multiples of {coarsest} px."
+                )
             own = side * info.patch_size // coarsest
             seen = cast(Network, network)(torch.zeros(1, len(info.bands), own, own))
             if seen.grid != (side // coarsest, side // coarsest):

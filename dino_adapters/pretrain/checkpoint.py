@@ -100,7 +100,8 @@ def take_over(learner: Learner, optimizer: torch.optim.Optimizer, path: Path) ->
     try:
         state = torch.load(path / STATE, map_location=learner.device, weights_only=True)
         learner.load_state({k: v for k, v in state["learner"].items() if k != "gram"})
-        optimizer.load_state_dict(state["optimizer"])
+        # Moments only: betas and multipliers of the groups are those of the new phase.
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]["state"]})
     except Exception as error:
         raise CheckpointError(
             f"The state {path} of the phase before cannot be taken over ({type(error).__name__}). "

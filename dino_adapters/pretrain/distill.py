@@ -141,8 +141,7 @@ class FeatureDistillation:
 
     Args:
         teacher: a frozen network with a feature map.
-        backbones, objective, seed, device, bf16: as for `Distillation`; of the objective only the
-            KoLeo options are read.
+        backbones, seed, device, bf16: as for `Distillation`; no term of the objective is used.
     """
 
     with_ibot = False
@@ -151,13 +150,12 @@ class FeatureDistillation:
         self,
         teacher: nn.Module,
         backbones: dict[str, nn.Module],
-        objective: ObjectiveRecipe,
         *,
         seed: int,
         device: torch.device,
         bf16: bool,
     ) -> None:
-        self.objective, self.device, self.bf16 = objective, device, bf16
+        self.device, self.bf16 = device, bf16
         self.teacher = nn.ModuleDict({"backbone": teacher}).to(device)
         self.teacher.requires_grad_(False).eval()
         width = cast(Network, teacher).embed_dim

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,6 @@ from dino_adapters.pretrain.sizes import largest_side
 from dino_adapters.recipes.pretrain import PretrainRecipe
 from dino_adapters.runtime.console import Notices
 
-LOGGER = logging.getLogger(__name__)
 LOOKS = 64
 MARGIN = 1.25  # images are kept this much larger than a global crop, so that crops can zoom
 
@@ -55,6 +53,7 @@ class Intake:
             self.keys = read_split(Path(recipe.split), keys=source.keys).train
         looks = look_at(source, self.keys)
         self.bands = common_bands([look.bands for look in looks])
+        self.size_note = ""
         self.side = self._resolve_side(looks, recipe)
         self.mean, self.std = (None, None)
         if tuple(band.name for band in self.bands) != tuple(band.name for band in RGB):
@@ -88,11 +87,9 @@ class Intake:
         wanted = round(MARGIN * largest_side(recipe))
         there = int(statistics.median(look.side for look in looks))
         side = min(wanted, there)
-        LOGGER.info(
-            "images are read at %d px: 1.25 of the largest crop are %d px, the median image has %d",
-            side,
-            wanted,
-            there,
+        self.size_note = (
+            f"images are read at {side} px: 1.25 of the largest crop are {wanted} px, the median "
+            f"image has {there} px"
         )
         return side
 

@@ -86,8 +86,9 @@ def train(
         seconds = time.monotonic() - started
         keep_state(run, folder, Progress(recipe.steps, seconds))
         LOGGER.info("%d steps in %s", recipe.steps, duration(seconds))
-        for line in run.notices.summary():
-            LOGGER.info("%s", line)
+        if not origin.phased:  # a run of several phases says it once, at its end
+            for line in run.notices.summary():
+                LOGGER.info("%s", line)
         return run.export(folder.export, recipe.steps, seconds)
 
 

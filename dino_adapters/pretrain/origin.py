@@ -52,7 +52,7 @@ class Origin:
         folder = self.earlier[name]
         if not step:
             return str(folder.export)
-        found = snapshot_folder(folder, int(step))
+        found = snapshot_folder(folder, int(step) if step.isdecimal() else -1)
         if not found.is_dir():
             there = sorted(int(p.name.removeprefix("step_")) for p in found.parent.glob("step_*"))
             raise RecipeError(
@@ -103,7 +103,8 @@ def with_heads(
     told = dict(info.training).get("recipe", {}).get("objective", {})
     made = ObjectiveRecipe.model_validate(told)
     ours = (wanted.prototypes, wanted.ibot_prototypes or wanted.prototypes)
-    theirs = (made.prototypes, made.ibot_prototypes or made.prototypes)
+    second = None if made.shared_head else made.ibot_prototypes
+    theirs = (made.prototypes, second or made.prototypes)
     asks_ibot = wanted.ibot_weight > 0
     if ours[0] != theirs[0] or (asks_ibot and ours[1] != theirs[1]):
         raise RecipeError(

@@ -9,9 +9,9 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from dino_adapters.contracts import RecipeError, ShapeError, WeightsError
+from dino_adapters.contracts import RecipeError, ShapeError, UnknownNameError, WeightsError
 from dino_adapters.data import load_source
-from dino_adapters.pretrain.assemble import import_modules
+from dino_adapters.pretrain.assemble import import_modules, make_optimizer
 from dino_adapters.pretrain.build import make_learner
 from dino_adapters.pretrain.delivery import copy_export, export_averages
 from dino_adapters.pretrain.intake import Intake
@@ -20,13 +20,12 @@ from dino_adapters.pretrain.loop import train
 from dino_adapters.pretrain.origin import Origin, snapshot_folder
 from dino_adapters.pretrain.resume import check_same_run
 from dino_adapters.pretrain.sizes import snapshot_steps
-from dino_adapters.recipes.pretrain import PretrainRecipe
+from dino_adapters.recipes.pretrain import PhaseRecipe, PretrainRecipe
 from dino_adapters.runtime.console import Notices
 from dino_adapters.runtime.runfolder import RunFolder
 
 LOGGER = logging.getLogger(__name__)
 CARD = "card.json"
-PHASES = "phases"
 
 
 def pretrain(
@@ -82,15 +81,24 @@ def pretrain(
             folder.begin(told, overrides)
         earlier: dict[str, RunFolder] = {}
         for index, (phase, plan) in enumerate(recipe.plans(), start=1):
-            part = RunFolder(folder.path / PHASES / f"{index}_{phase.name}")
-            if any(part.export.rglob(CARD)):
+            part = folder.phase(index, phase.name)
+            if is_done(plan, part):
                 LOGGER.info("phase %d, %s: done already", index, phase.name)
             else:
                 LOGGER.info("phase %d of %d: %s", index, len(recipe.phases), phase.name)
                 origin = Origin(phase.start, earlier, phased=True)
                 train(plan, part, resume=True, quiet=quiet, notices=notices, origin=origin)
             earlier = earlier | {phase.name: part}
+        for line in notices.summary():
+            LOGGER.info("%s", line)
         return copy_export(list(earlier.values())[-1].export, folder.export)
+
+
+def is_done(recipe: PretrainRecipe, folder: RunFolder) -> bool:
+    """Whether a phase has delivered everything: with several students, an export of each."""
+    students = [] if recipe.distill is None else list(recipe.distill.students)
+    names = students if len(students) > 1 else [""]
+    return all((folder.export / name / CARD).is_file() for name in names)
 
 
 def check_phases(recipe: PretrainRecipe, notices: Notices) -> None:
@@ -103,22 +111,48 @@ def check_phases(recipe: PretrainRecipe, notices: Notices) -> None:
         RecipeError: with the name of the phase and the reason.
     """
     earlier: dict[str, RunFolder] = {}
-    before: Learner | None = None
+    before: tuple[PretrainRecipe, Learner] | None = None
     with TemporaryDirectory() as folder:
         for phase, plan in recipe.plans():
             part = RunFolder(Path(folder) / phase.name)
             try:
-                before = _rehearse(plan, part, Origin(phase.start, earlier), before, notices)
+                refuse_unread(phase)
+                learner = _rehearse(plan, part, Origin(phase.start, earlier), before, notices)
+            except UnknownNameError as error:
+                known = f" Earlier phases: {', '.join(earlier)}." if earlier else ""
+                raise RecipeError(f"Phase {phase.name}: {error}{known}") from error
             except (RecipeError, ShapeError, WeightsError) as error:
-                raise RecipeError(f"Phase {phase.name}: {error}") from error
-            earlier = earlier | {phase.name: part}
+                # The folders of this check are gone when the sentence is read.
+                reason = str(error).replace(f"{folder}/", "")
+                raise RecipeError(f"Phase {phase.name}: {reason}") from error
+            earlier, before = earlier | {phase.name: part}, (plan, learner)
+
+
+def refuse_unread(phase: PhaseRecipe) -> None:
+    """Refuses settings of a phase that its start or its kind would leave unread.
+
+    Raises:
+        RecipeError: with the setting.
+    """
+    if phase.start == "fresh":
+        return
+    if phase.distill is not None:
+        raise RecipeError(
+            f"start is {phase.start}, and a distillation starts its students from their own "
+            "source. Leave start out; the phase before is the teacher."
+        )
+    if unread := sorted({"source", "architecture", "checkpoint"} & phase.model.keys()):
+        raise RecipeError(
+            f"model.{unread[0]} is given, and start={phase.start} takes the network of the phase "
+            "before. Leave one of them out."
+        )
 
 
 def _rehearse(
     plan: PretrainRecipe,
     folder: RunFolder,
     origin: Origin,
-    before: Learner | None,
+    before: tuple[PretrainRecipe, Learner] | None,
     notices: Notices,
 ) -> Learner:
     """Builds a phase's networks and exports them untrained."""
@@ -128,9 +162,9 @@ def _rehearse(
                 f"it starts from the {origin.start} of the phase before, and there is none. Set "
                 "start='fresh', and model.source to weights that exist."
             )
-        if len(before.averages) > 1:
+        if len(before[1].averages) > 1:
             raise RecipeError(
-                f"the phase before made {len(before.averages)} students, so there is no one "
+                f"the phase before made {len(before[1].averages)} students, so there is no one "
                 "network to go on with. Distil one, or go on in a run of its own."
             )
     import_modules(plan.imports)
@@ -139,15 +173,32 @@ def _rehearse(
     learner, infos = make_learner(plan, intake, origin, device, notices)
     if origin.start == "state" and before is not None:
         try:
-            learner.load_state({k: v for k, v in before.state().items() if k != "gram"})
+            learner.load_state({k: v for k, v in before[1].state().items() if k != "gram"})
         except (KeyError, RuntimeError) as error:
             raise RecipeError(
                 "its networks or heads are not those of the phase before, whose state it starts "
                 "from. Keep model and heads as they were, or set start='teacher'."
             ) from error
+        if grouped_names(learner, plan) != grouped_names(before[1], before[0]):
+            raise RecipeError(
+                "optim.layer_decay, optim.patch_embed_multiplier or optim.decay_rule groups its "
+                "parameters otherwise than the phase before, whose optimiser it goes on with. Keep "
+                "them as they were, or set start='teacher'."
+            )
     export_averages(plan, learner, infos, folder.export, {"steps": 0})
     for step in snapshot_steps(plan):
         snapshot = snapshot_folder(folder, step)
         snapshot.parent.mkdir(parents=True, exist_ok=True)
         snapshot.symlink_to(folder.export, target_is_directory=True)
     return learner
+
+
+def grouped_names(learner: Learner, recipe: PretrainRecipe) -> list[list[str]]:
+    """Names of the parameters in each group of the optimiser."""
+    names = {
+        parameter: f"{student}/{name}"
+        for student, networks in learner.students.items()
+        for name, parameter in networks.named_parameters()
+    }
+    groups = make_optimizer(learner, recipe).param_groups
+    return [[names[parameter] for parameter in group["params"]] for group in groups]

@@ -20,6 +20,7 @@ from dino_adapters.recipes.sections import (
     ScheduleRecipe,
     Section,
 )
+from dino_adapters.runtime.chance import derive
 
 
 class PhaseRecipe(Section):
@@ -107,13 +108,17 @@ class PretrainRecipe(Section):
     def plans(self) -> tuple[tuple[PhaseRecipe, PretrainRecipe], ...]:
         """Each phase with the complete recipe that it amounts to.
 
+        Phases after the first get seeds of their own, so that none repeats the crops of another.
+
         Raises:
             pydantic.ValidationError: a change names a setting that does not exist, or misfits.
         """
         base = self.model_dump(exclude={"phases"})
         plans = []
-        for phase in self.phases:
+        for index, phase in enumerate(self.phases):
             changes = phase.model_dump(exclude={"name", "start"}, exclude_none=True)
+            if index:
+                changes["seed"] = derive(self.seed, "phase", index)
             plans.append((phase, PretrainRecipe.model_validate(_merged(base, changes))))
         return tuple(plans)
 

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -261,12 +261,17 @@ def _explain(details: Mapping[str, Any], kind: type[BaseModel]) -> str:
 
 
 def _model_at(kind: type[BaseModel], names: Sequence[str]) -> type[BaseModel] | None:
-    """The section at a path of names, or None."""
+    """The section at a path of names, or None; in a list or table of sections, of its entries."""
+    entry = False
     for name in names:
+        if entry:
+            entry = False
+            continue
         field = kind.model_fields.get(name)
         section = _section(field.annotation) if field is not None else None
-        if section is None:
+        if field is None or section is None:
             return None
+        entry = get_origin(field.annotation) in (tuple, list, dict)
         kind = section
     return kind
 

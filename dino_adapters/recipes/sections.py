@@ -10,6 +10,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+StudentName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 
 
 class Section(BaseModel):
@@ -288,7 +289,7 @@ class DistillRecipe(Section):
     by: Literal["auto", "heads", "features"] = "auto"
     """What is imitated: the teacher's assignments to its prototypes, which needs its heads (our
     exports hold them), or its features. auto: heads where there are any."""
-    students: dict[str, StudentRecipe] = Field(min_length=1)
+    students: dict[StudentName, StudentRecipe] = Field(min_length=1)
     """By name; each gets an export of its own."""
 
 

@@ -59,6 +59,16 @@ class RunFolder:
         return self.path / "report"
 
     @property
+    def phases(self) -> dict[str, RunFolder]:
+        """The phases of a run that has several, by name, in order, those that were begun."""
+        found = sorted(self.path.glob("phases/*"), key=lambda path: int(path.name.split("_")[0]))
+        return {path.name.split("_", 1)[1]: RunFolder(path) for path in found}
+
+    def phase(self, index: int, name: str) -> RunFolder:
+        """Where a phase lives; `index` counts from 1."""
+        return RunFolder(self.path / "phases" / f"{index}_{name}")
+
+    @property
     def holds_a_run(self) -> bool:
         """Whether a run was started here."""
         return self.recipe_file.exists()

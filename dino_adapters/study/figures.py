@@ -62,6 +62,11 @@ _TERMS = {
     "dino_local": "DINO, local crops",
     "ibot": "iBOT, masked patches",
     "koleo": "KoLeo, spread",
+    "kde": "KDE, spread",
+    "sigreg": "SIGReg, spread",
+    "gram": "Gram",
+    "cls": "class token",
+    "patches": "patch tokens",
 }
 
 

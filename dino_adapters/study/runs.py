@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,11 @@ _WORDS = {
     "dino_local": "DINO, local crops",
     "ibot": "iBOT",
     "koleo": "KoLeo",
+    "kde": "KDE",
+    "sigreg": "SIGReg",
+    "gram": "Gram",
+    "cls": "class token",
+    "patches": "patch tokens",
     "images": "images seen",
 }
 
@@ -39,6 +45,8 @@ def run_report(folder: RunFolder) -> Report:
             "with --out."
         )
     recipe = _read(folder.recipe_file)
+    if recipe.get("phases"):
+        return phases_report(folder, recipe)
     if "steps" in recipe:
         return pretrain_report(folder, recipe)
     if "backbone" in recipe:
@@ -76,6 +84,51 @@ def pretrain_report(folder: RunFolder, recipe: Mapping[str, Any]) -> Report:
         notes=_warnings(last, recipe),
         provenance=provenance(folder, recipe, "pretrain"),
     )
+
+
+def phases_report(folder: RunFolder, recipe: Mapping[str, Any]) -> Report:
+    """A run of several phases: curves of all of them, and each one's last numbers.
+
+    Raises:
+        DataError: no phase has noted two rows yet.
+    """
+    names = [phase["name"] for phase in recipe["phases"]]
+    curves: dict[str, list[dict[str, Any]]] = {}
+    tables, ended = [], []
+    for name, part in folder.phases.items():
+        rows = part.rows()
+        if not rows:
+            continue
+        curves |= by_student(name, rows)
+        tables.append(replace(_last_numbers(rows[-1]), title=f"{name}: the last numbers noted"))
+        if part.export.is_dir():
+            ended.append(name)
+    left = [name for name in names if name not in ended]
+    after = (
+        f"Not done yet: {', '.join(left)}. Continue with --resume."
+        if left
+        else "The frozen backbone is in the folder export; load_backbone opens it."
+    )
+    return Report(
+        title=f"Pretraining in {len(names)} phases",
+        summary=(f"Phases done: {', '.join(ended) or 'none'} of {', '.join(names)}.", after),
+        tables=tuple(tables),
+        figures=(loss_curves(curves),),
+        provenance=provenance(folder, recipe, "pretrain"),
+    )
+
+
+def by_student(name: str, rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of a phase; those of a distillation, whose terms are `STUDENT/TERM`, once a student."""
+    students = sorted({key.split("/")[0] for row in rows for key in row if "/" in key})
+    if not students:
+        return {name: rows}
+    return {
+        f"{name}: {student}": [
+            {key.removeprefix(f"{student}/"): value for key, value in row.items()} for row in rows
+        ]
+        for student in students
+    }
 
 
 def task_report(folder: RunFolder, recipe: Mapping[str, Any]) -> Report:

@@ -28,7 +28,7 @@ def trained(run, photos, tmp_path):
 
 def test_pretrain_says_where_the_backbone_is(trained):
     out, result = trained
-    assert f"The frozen backbone is in {out / 'export'}." in result.stdout
+    assert f"A frozen backbone is in {out / 'export'}." in result.stdout
     assert (out / "export" / "card.json").exists()
     assert "steps=4" in (out / "overrides.txt").read_text()
     assert (out / "log.txt").exists()

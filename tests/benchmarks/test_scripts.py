@@ -1,0 +1,113 @@
+"""The scripts of benchmarks/ run through, keep what is finished and refuse other settings."""
+
+import csv
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dino_adapters.contracts import RunFolderError
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+CLASSES = ("ring", "disc")
+EACH = 6
+SIDE = 48
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Runs a script as the command line does, in this process."""
+    threads = torch.get_num_threads()
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def run(name, *words):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+
+    yield run
+    torch.set_num_threads(threads)
+    sys.modules.pop("grid", None)
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Two classes of six images with masks, a table and a split."""
+    root = tmp_path / "images"
+    y, x = np.mgrid[:SIDE, :SIDE] - SIDE // 2
+    distance = np.hypot(y, x)
+    rows, parts = [], {"train": [], "val": [], "test": []}
+    for at in range(EACH * len(CLASSES)):
+        label, number = CLASSES[at // EACH], at % EACH
+        part = "train" if number < 3 else "val" if number == 3 else "test"
+        inside = distance < 10 + number
+        mask = inside & (distance > 5) if label == "ring" else inside
+        noise = np.random.default_rng(at).integers(0, 60, (SIDE, SIDE, 3))
+        path = f"{label}/{number}.png"
+        (root / label).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        Image.fromarray((noise + 150 * mask[..., None]).astype(np.uint8)).save(root / path)
+        Image.fromarray(mask.astype(np.uint8)).save(tmp_path / f"masks/{at}.png")
+        parts[part].append(path)
+        rows.append((f"images/{path}", f"masks/{at}.png", label, part))
+    (tmp_path / "split.json").write_text(json.dumps({"splits": parts}))
+    with (tmp_path / "table.csv").open("w", newline="") as opened:
+        csv.writer(opened).writerows([("image", "mask", "label", "split"), *rows])
+    return tmp_path
+
+
+def result(folder):
+    return json.loads((folder / "rows.json").read_text())
+
+
+@pytest.mark.slow
+def test_methods(images, script, capsys):
+    words = ["--data", images / "images", "--labels", "folder", "--split", images / "split.json"]
+    words += ["--out", images / "out", "--sizes", 32, 48, "--batch", 4, "--seeds", 1]
+    script("methods", *words, "--steps", 2, "--variants", "dino_v1", "dinov2", "dinov3")
+    rows = result(images / "out")
+    names = ["dino_v1", "dinov2", "dinov3", "untrained", "image statistics"]
+    assert [row["variant"] for row in rows] == names
+    assert all(0.0 <= row[metric] <= 1.0 for row in rows for metric in ("knn", "few"))
+    assert "less dinov3" in capsys.readouterr().out
+    script("methods", *words, "--steps", 2, "--variants", "dinov3", "dinov3_sigreg")
+    assert capsys.readouterr().out.count("done:") == 1  # only what was not there
+    with pytest.raises(RunFolderError, match="other settings"):
+        script("methods", *words, "--steps", 3)
+
+
+@pytest.mark.slow
+def test_methods_in_two_processes(images, script):
+    words = ["--data", images / "images", "--labels", "folder", "--split", images / "split.json"]
+    words += ["--sizes", 32, "--batch", 4, "--steps", 2, "--seeds", 1, "--variants", "dinov3"]
+    for jobs in (1, 2):
+        script("methods", *words, "--out", images / f"out{jobs}", "--jobs", jobs)
+    one, two = (
+        [(row["variant"], row["knn"], row["few"]) for row in result(images / f"out{jobs}")]
+        for jobs in (1, 2)
+    )
+    assert one == two
+
+
+@pytest.mark.slow
+def test_phases(images, script, capsys):
+    words = ["--table", images / "table.csv", "--out", images / "out", "--batch", 4]
+    words += ["--steps", 2, "--size", 48, "--bank", 4, "--rarest", 2, "--seeds", 2]
+    script("phases", *words)
+    rows = result(images / "out")
+    assert len(rows) == 2 * 10
+    first = {row["chain"]: row for row in rows if row["phase"] == "pretrain" and row["seed"] == 0}
+    assert {**first["gram"], "chain": ""} == {**first["plain"], "chain": ""}
+    refined = {row["chain"]: row for row in rows if row["phase"] == "refine" and row["seed"] == 0}
+    assert refined["gram"]["local"] != refined["plain"]["local"]
+    assert all(0.0 <= row["iou"] <= 1.0 for row in rows)
+    assert "gram less plain" in capsys.readouterr().out
+    runs = images / "out" / "runs"
+    gram = json.loads((runs / "gram_0/phases/2_refine/recipe.json").read_text())["gram"]
+    plain = json.loads((runs / "plain_0/phases/2_refine/recipe.json").read_text())["gram"]
+    assert gram["teacher"] == "pretrain"
+    assert plain is None

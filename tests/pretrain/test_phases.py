@@ -1,0 +1,346 @@
+"""Several phases in one run: what each starts from, resuming, and what is refused beforehand."""
+
+import json
+import shutil
+import tempfile
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dino_adapters.backbones import load_backbone
+from dino_adapters.contracts import DinoAdaptersError, RecipeError
+from dino_adapters.pretrain import phases, pretrain
+from dino_adapters.pretrain.assemble import assemble
+from dino_adapters.pretrain.learner import SelfDistillation
+from dino_adapters.pretrain.loop import one_step
+from dino_adapters.pretrain.optim import knobs_at
+from dino_adapters.pretrain.origin import Origin
+from dino_adapters.recipes.pretrain import PretrainRecipe
+from dino_adapters.recipes.read import read_recipe
+from dino_adapters.runtime.runfolder import RunFolder
+
+VIT = {"source": "vitmicro8", "architecture": {"embed_dim": 16, "num_heads": 2, "depth": 1}}
+CNX = {
+    "source": "convnext_tiny",
+    "architecture": {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)},
+}
+MOVING = {"optim": {"lr": 0.01}, "schedule": {"momentum": (0.5, 0.9), "warmup": 0.0}}
+MIXTURE = [
+    {"global_size": 24, "local_size": 16, "gram_size": 40},
+    {"global_size": 32, "local_size": 16, "gram_size": 48},
+]
+FIRST = {"name": "first"}
+
+
+def part(folder, name):
+    (found,) = (folder.path / "phases").glob(f"*_{name}")
+    return RunFolder(found)
+
+
+def state(folder, step):
+    path = folder.checkpoints / f"step_{step:08d}" / "state.pt"
+    return torch.load(path, weights_only=True)
+
+
+def same(ours, theirs):
+    assert set(ours) == set(theirs)
+    return all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def trained(folder):
+    return list(folder.path.rglob("metrics.jsonl"))
+
+
+def test_four_phases_run_in_order_and_deliver_what_opens(tiny, tmp_path):
+    recipe = tiny(
+        steps=4,
+        checkpoint={"snapshots": 1},
+        phases=[
+            {"name": "pretrain"},
+            {
+                "name": "anchored",
+                "start": "state",
+                "steps": 2,
+                "gram": {"teacher": "pretrain@2", "size": 48, "refresh_every": 2},
+            },
+            {
+                "name": "highres",
+                "start": "teacher",
+                "gram": {"teacher": "anchored", "weight": 1.5},
+                "crops": {"mixture": MIXTURE},
+            },
+            {
+                "name": "students",
+                "distill": {"students": {"vit": VIT, "cnx": CNX}},
+                "crops": {"global_size": 128, "local_size": 64},
+            },
+        ],
+    )
+    folder = RunFolder(tmp_path / "run")
+    export = pretrain(recipe, folder, quiet=True)
+    names = [path.name for path in sorted((folder.path / "phases").iterdir())]
+    assert names == ["1_pretrain", "2_anchored", "3_highres", "4_students"]
+    for name, steps, method, size in (
+        ("pretrain", 4, "DINO + iBOT + KoLeo", 24),
+        ("anchored", 2, "DINO + iBOT + KoLeo + Gram", 24),
+        ("highres", 4, "DINO + iBOT + KoLeo + Gram", 32),
+    ):
+        ran = part(folder, name)
+        assert [row["step"] for row in ran.rows()] == list(range(steps))
+        assert all(("gram" in row) == ("Gram" in method) for row in ran.rows())
+        info = load_backbone(ran.export).info
+        assert (info.training["steps"], info.training["method"]) == (steps, method)
+        assert info.size == size
+    assert {path.name for path in export.iterdir()} == {"vit", "cnx"}
+    for name, size, width in (("vit", 32, 16), ("cnx", 128, 16)):
+        backbone = load_backbone(export / name)
+        assert backbone(torch.zeros(1, 3, size, size)).cls.shape == (1, width)
+        own = part(folder, "students").export / name / "model.safetensors"
+        assert same(load_file(export / name / "model.safetensors"), load_file(own))
+
+
+def test_state_goes_on_with_networks_and_moments_to_the_bit(tiny, tmp_path):
+    told = {"name": "second", "start": "state", "steps": 1, "optim": {"betas": (0.8, 0.99)}}
+    recipe = tiny(phases=[FIRST | {"steps": 3}, told], **MOVING)
+    folder = RunFolder(tmp_path / "run")
+    pretrain(recipe, folder, quiet=True)
+    before = state(part(folder, "first"), 3)
+    (_, plan) = recipe.plans()[1]
+
+    # The same by hand: new networks, all tensors copied in, one step.
+    run = assemble(plan, RunFolder(tmp_path / "hand"), resume=False)
+    assert isinstance(run.learner, SelfDistillation)
+    assert not same(run.learner.student.state_dict(), before["learner"]["student"])
+    run.learner.student.load_state_dict(before["learner"]["student"])
+    run.learner.teacher.load_state_dict(before["learner"]["teacher"])
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    for parameter, moments in zip(parameters, before["optimizer"]["state"].values(), strict=True):
+        run.optimizer.state[parameter] = {k: v.clone() for k, v in moments.items()}
+    ((step, images),) = run.batches()
+    crops = run.crops(step, images)
+    run.seed_draws(step)
+    one_step(run, crops, knobs_at(step, plan))
+
+    after = state(part(folder, "second"), 1)
+    for name in ("student", "teacher"):
+        assert same(after["learner"][name], run.learner.state()[name])
+    for index, parameter in enumerate(parameters):
+        assert same(after["optimizer"]["state"][index], run.optimizer.state[parameter])
+        assert after["optimizer"]["state"][index]["step"] == 4
+    assert {tuple(g["betas"]) for g in after["optimizer"]["param_groups"]} == {(0.8, 0.99)}
+
+
+def test_the_new_phase_decides_about_rates_and_not_the_one_before(tiny, tmp_path):
+    told = {"name": "second", "start": "state", "optim": {"layer_decay": 0.5}}
+    recipe = tiny(phases=[FIRST, told], steps=1)
+    folder = RunFolder(tmp_path / "run")
+    pretrain(recipe, folder, quiet=True)
+    saved = (
+        state(part(folder, phase.name), 1)["optimizer"]["param_groups"] for phase in recipe.phases
+    )
+    first, second = ({group["lr_multiplier"] for group in groups} for groups in saved)
+    assert min(first) == pytest.approx(0.2 * 0.9**3)
+    assert min(second) == pytest.approx(0.2 * 0.5**3)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_teacher_becomes_student_and_teacher_with_a_fresh_optimiser(tiny, tmp_path, shared):
+    folder = RunFolder(tmp_path / "first")
+    pretrain(tiny(objective={"shared_head": shared}, **MOVING), folder, quiet=True)
+    average = state(folder, 6)["learner"]["teacher"]
+    assert not same(average, state(folder, 6)["learner"]["student"])
+    origin = Origin("teacher", {"first": folder})
+    recipe = tiny(objective={"shared_head": shared}, seed=3)
+    run = assemble(recipe, RunFolder(tmp_path / "second"), resume=False, origin=origin)
+    assert isinstance(run.learner, SelfDistillation)
+    assert same(run.learner.student.state_dict(), average)
+    assert same(run.learner.teacher.state_dict(), average)
+    assert not run.optimizer.state
+    assert all(p.requires_grad for p in run.learner.student.parameters())
+
+
+def two_phases(tiny, workers=0, **others):
+    gram = {"teacher": "ema", "copy_at": 1, "refresh_every": 3}
+    return tiny(
+        data={"workers": workers},
+        model={"drop_path": 0.2},
+        phases=[
+            FIRST,
+            {"name": "second", "start": "state", "gram": gram, "crops": {"mixture": MIXTURE}},
+            {"name": "third", "start": "teacher", "steps": 2, "gram": {"teacher": "second"}},
+        ],
+        **MOVING,
+        **others,
+    )
+
+
+def stopped(monkeypatch, recipe, folder, name, step):
+    """Runs until a phase would note a step."""
+    noted = RunFolder.note
+
+    def note(self, row):
+        if self.path.name.endswith(name) and row["step"] == step:
+            raise KeyboardInterrupt
+        noted(self, row)
+
+    monkeypatch.setattr(RunFolder, "note", note)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(recipe, folder, quiet=True)
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("workers", "name", "step"), [(0, "second", 3), (2, "second", 5), (0, "third", 0)]
+)
+def test_resuming_inside_a_phase_repeats_the_uninterrupted_run_to_the_bit(
+    tiny, tmp_path, monkeypatch, workers, name, step
+):
+    uninterrupted, folder = RunFolder(tmp_path / "a"), RunFolder(tmp_path / "b")
+    pretrain(two_phases(tiny), uninterrupted, quiet=True)
+    recipe = two_phases(tiny, workers)
+    stopped(monkeypatch, recipe, folder, name, step)
+    assert not folder.export.exists()
+    export = pretrain(recipe, folder, resume=True, quiet=True)
+    assert same(
+        load_file(export / "model.safetensors"),
+        load_file(uninterrupted.export / "model.safetensors"),
+    )
+    for phase, steps in (("first", 6), ("second", 6), ("third", 2)):
+        ours, theirs = (state(part(f, phase), steps)["learner"] for f in (folder, uninterrupted))
+        for piece in set(theirs) - {"centers"}:
+            assert same(ours[piece], theirs[piece]), (phase, piece)
+        assert [row["step"] for row in part(folder, phase).rows()] == list(range(steps))
+    assert "gram" in state(part(folder, "second"), 6)["learner"]
+
+
+def test_resuming_between_phases_keeps_what_is_done(tiny, tmp_path, monkeypatch):
+    recipe = two_phases(tiny)
+    uninterrupted, folder = RunFolder(tmp_path / "a"), RunFolder(tmp_path / "b")
+    pretrain(recipe, uninterrupted, quiet=True)
+    train, begun = phases.train, []
+
+    def counted(plan, ran, **others):
+        begun.append(ran.path.name)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        return train(plan, ran, **others)
+
+    monkeypatch.setattr(phases, "train", counted)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(recipe, folder, quiet=True)
+    export = pretrain(recipe, folder, resume=True, quiet=True)
+    assert begun == ["1_first", "2_second", "2_second", "3_third"]
+    assert same(
+        load_file(export / "model.safetensors"),
+        load_file(uninterrupted.export / "model.safetensors"),
+    )
+
+
+def test_a_phase_is_done_when_every_student_is_delivered(tiny, tmp_path):
+    told = {"students": {"a": VIT, "b": VIT}}
+    recipe = tiny(phases=[FIRST, {"name": "second", "distill": told}], steps=1)
+    folder = RunFolder(tmp_path / "run")
+    export = pretrain(recipe, folder, quiet=True)
+    held = load_file(export / "b" / "model.safetensors")
+    # As if killed between the two exports.
+    shutil.rmtree(part(folder, "second").export / "b")
+    export = pretrain(recipe, folder, resume=True, quiet=True)
+    assert same(load_file(export / "b" / "model.safetensors"), held)
+
+
+def refused(tiny, tmp_path, sentence, *told, kind: type[DinoAdaptersError] = RecipeError, **others):
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(kind, match=sentence) as caught:
+        pretrain(tiny(phases=list(told), **others), folder, quiet=True)
+    assert not trained(folder)
+    assert not folder.holds_a_run
+    assert tempfile.gettempdir() not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def second(**told):
+    return {"name": "second", **told}
+
+
+@pytest.mark.parametrize("start", ["state", "teacher"])
+def test_the_first_phase_has_nothing_to_start_from(tiny, tmp_path, start):
+    sentence = f"Phase first: it starts from the {start} of the phase before, and there is none"
+    refused(tiny, tmp_path, sentence, FIRST | {"start": start})
+
+
+@pytest.mark.parametrize(
+    ("sentence", "told"),
+    [
+        ("first kept no snapshot of step 1, only of", {"gram": {"teacher": "first@1"}}),
+        ("first kept no snapshot of step x, only of", {"gram": {"teacher": "first@x"}}),
+        (r"no network called 'frist'.* Earlier phases: first\.", {"gram": {"teacher": "frist"}}),
+        (
+            r"heads in first/export have 16 and 16 prototypes .* wants 8 and 8",
+            {"distill": {"students": {"s": VIT}}, "objective": {"prototypes": 8}},
+        ),
+        (
+            "28 x 28 pixels; both sides must be multiples of 8",
+            {"crops": {"mixture": [MIXTURE[0], {"global_size": 28, "local_size": 16}]}},
+        ),
+        (
+            "A crop of 24 px is no multiple of 32 px, the coarsest patch",
+            {"distill": {"students": {"s": CNX}}, "crops": {"local_count": 0}},
+        ),
+        (
+            "networks or heads are not those of the phase before",
+            {"start": "state", "objective": {"hidden_dim": 8}},
+        ),
+        (
+            "networks or heads are not those of the phase before",
+            {"start": "state", "objective": {"prototypes": 8}},
+        ),
+        (
+            "optim.decay_rule groups its parameters otherwise than the phase before",
+            {"start": "state", "optim": {"layer_decay": 1.0}},
+        ),
+        (
+            r"prototypes .* wants 8 and 8",
+            {"start": "teacher", "objective": {"prototypes": 8}},
+        ),
+        (
+            "heads in first/export are built otherwise",
+            {"start": "teacher", "objective": {"hidden_dim": 8}},
+        ),
+        (
+            "heads in first/export are built otherwise",
+            {"start": "teacher", "objective": {"shared_head": True}},
+        ),
+    ],
+)
+def test_phases_that_do_not_fit_are_refused_before_the_first_step(tiny, tmp_path, sentence, told):
+    refused(tiny, tmp_path, f"Phase second: .*{sentence}", FIRST, second(**told))
+
+
+def test_several_students_are_no_start(tiny, tmp_path):
+    students = {"a": VIT, "b": VIT}
+    told = (FIRST, second(distill={"students": students}), {"name": "third", "start": "teacher"})
+    refused(tiny, tmp_path, "Phase third: the phase before made 2 students", *told)
+
+
+def test_a_gram_teacher_of_another_width_is_refused_with_its_phase(tiny, tmp_path):
+    wide = {"name": "first", "model": {"architecture": {"embed_dim": 32, "num_heads": 2}}}
+    sentence = "Phase second: The Gram teacher first has width 32 .* the student width 24"
+    refused(tiny, tmp_path, sentence, wide, second(gram={"teacher": "first"}))
+
+
+@pytest.mark.parametrize(
+    ("sentence", "told"),
+    [
+        (r"gram and distill are both given", [second(gram={}, distill={"students": {"s": VIT}})]),
+        (r"The phases are called first, first\. Give each its own name", [FIRST]),
+        (r"no setting 'optim\.lrr'\. Did you mean 'lr'\?", [second(optim={"lrr": 1.0})]),
+        (r"no setting 'gram\.teachr'\. Did you mean 'teacher'\?", [second(gram={"teachr": "x"})]),
+        (r"no setting 'phases\.1\.optm'\. Did you mean 'optim'\?", [second(optm={"lr": 1.0})]),
+    ],
+)
+def test_recipes_of_phases_are_checked_when_they_are_read(tmp_path, sentence, told):
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps({"data": {"source": "x"}, "phases": [FIRST, *told]}))
+    with pytest.raises(RecipeError, match=sentence):
+        read_recipe(file, PretrainRecipe, [])
