@@ -175,13 +175,15 @@ def assemble(
     views = MultiCrop(recipe.crops, info)
     optimizer = make_optimizer(learner, recipe)
     run = Run(recipe, learner, infos, optimizer, feed, views, progress, notices, inputs)
-    if going_on:
-        if saved := checkpoints(folder.checkpoints):
-            check_same_inputs(saved[-1], fed(saved[-1]), inputs)
-            run.progress = load_checkpoint(saved[-1], learner, run.optimizer)
-        folder.drop_rows_from(run.progress.step)
+    saved = checkpoints(folder.checkpoints) if going_on else []
+    if saved:
+        check_same_inputs(saved[-1], fed(saved[-1]), inputs)
+        run.progress = load_checkpoint(saved[-1], learner, run.optimizer)
     elif origin.start == "state" and origin.previous is not None:
+        # Also after an interruption before the first checkpoint of this phase.
         take_over(learner, run.optimizer, checkpoints(origin.previous.checkpoints)[-1])
+    if going_on:
+        folder.drop_rows_from(run.progress.step)
     if intake.size_note:
         LOGGER.info("%s", intake.size_note)
     announce(run)

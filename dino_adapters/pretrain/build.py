@@ -68,6 +68,8 @@ def make_learner(
                     "were when these heads were trained."
                 ) from error
             learner.teacher.load_state_dict(ready)
+        else:
+            LOGGER.warning("The phase before left no heads: they start at random.")
     return learner, {"": info}
 
 
@@ -128,7 +130,7 @@ def _distillation(
         )
     if not by_heads and recipe.crops.local_count:
         raise RecipeError(
-            f"{info.name} has no heads, so whole views are compared feature by feature, and local "
+            f"The features of {info.name} are imitated view by view, and local "
             f"crops ({recipe.crops.local_count}) have no part in it. Set crops.local_count=0."
         )
     infos, backbones = {"": info}, {}
@@ -139,7 +141,10 @@ def _distillation(
         check_crops(backbones.get(name, teacher), card, recipe, coarsest=coarsest)
     told = {"seed": recipe.seed, "device": device, "bf16": bf16}
     if not by_heads:
-        LOGGER.info("%s has no heads: its features are imitated.", info.name)
+        LOGGER.warning(
+            "The features of %s are imitated: settings of objective and masks are not used.",
+            info.name,
+        )
         return FeatureDistillation(teacher, backbones, **told), infos
     networks = with_heads(teacher, info, source, recipe.objective)
     return Distillation(networks, backbones, recipe.objective, **told), infos

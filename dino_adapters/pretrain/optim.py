@@ -42,7 +42,8 @@ def knobs_at(step: int, recipe: PretrainRecipe) -> Knobs:
     end = optim.lr_end if old else scaled_rate(optim.lr_end, optim.batch_size, optim.lr_rule)
     lr = warmup_cosine_at(step, steps, peak, end, round(schedule.warmup * steps), old=old)
     cold, warm = objective.teacher_temperature
-    rise = max(round(schedule.temperature_warmup * steps) - old, 1)
+    rise = round(schedule.temperature_warmup * steps)
+    warmed = min(step / max(rise - old, 1), 1.0) if rise else 1.0
     gram = recipe.gram
     return Knobs(
         step=step,
@@ -50,7 +51,7 @@ def knobs_at(step: int, recipe: PretrainRecipe) -> Knobs:
         prototype_lr=0.0 if step < round(schedule.freeze_last_layer * steps) else lr,
         weight_decay=warmup_cosine_at(step, steps, *optim.weight_decay, 0, old=old),
         momentum=warmup_cosine_at(step, steps, *schedule.momentum, 0, old=old),
-        teacher_temperature=cold + (warm - cold) * min(step / rise, 1.0),
+        teacher_temperature=cold + (warm - cold) * warmed,
         local_weight=ramp_at(step, schedule.local_ramp * steps, *objective.local_weight),
         regularizer_weight=objective.regularizer_weight
         * min(step / max(schedule.regularizer_warmup * steps, 1e-9), 1.0)

@@ -102,15 +102,16 @@ def with_heads(
     """
     told = dict(info.training).get("recipe", {}).get("objective", {})
     made = ObjectiveRecipe.model_validate(told)
-    ours = (wanted.prototypes, wanted.ibot_prototypes or wanted.prototypes)
-    second = None if made.shared_head else made.ibot_prototypes
-    theirs = (made.prototypes, second or made.prototypes)
+    ours, theirs = (
+        (o.prototypes, (None if o.shared_head else o.ibot_prototypes) or o.prototypes)
+        for o in (wanted, made)
+    )
     asks_ibot = wanted.ibot_weight > 0
     if ours[0] != theirs[0] or (asks_ibot and ours[1] != theirs[1]):
         raise RecipeError(
             f"The heads in {export} have {theirs[0]} and {theirs[1]} prototypes (DINO, iBOT) and "
-            f"the recipe wants {ours[0]} and {ours[1]}. Set objective.prototypes and "
-            "objective.ibot_prototypes to theirs."
+            f"the recipe wants {ours[0]} and {ours[1]}. Set objective.prototypes, "
+            "objective.ibot_prototypes and objective.shared_head as theirs were."
         )
     try:
         tensors = load_file(Path(export) / HEADS)

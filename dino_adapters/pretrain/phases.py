@@ -134,6 +134,10 @@ def refuse_unread(phase: PhaseRecipe) -> None:
     Raises:
         RecipeError: with the setting.
     """
+    if phase.distill is not None and phase.model:
+        raise RecipeError(
+            "model is given, and a distillation reads distill.students instead. Leave model out."
+        )
     if phase.start == "fresh":
         return
     if phase.distill is not None:

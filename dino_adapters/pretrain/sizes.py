@@ -12,12 +12,15 @@ from dino_adapters.runtime.chance import generator
 def all_sizes(recipe: PretrainRecipe) -> tuple[Sizes, ...]:
     """The recipe's one set of sizes, or those of its mixture."""
     gram, crops = recipe.gram, recipe.crops
-    if crops.mixture:
-        return tuple(
-            Sizes(m.global_size, m.local_size, None if gram is None else m.gram_size)
-            for m in crops.mixture
-        )
-    return (Sizes(crops.global_size, crops.local_size, None if gram is None else gram.size),)
+    plain = ((crops.global_size, crops.local_size, None if gram is None else gram.size),)
+    choices = tuple((m.global_size, m.local_size, m.gram_size) for m in crops.mixture) or plain
+    if gram is None or gram.teacher == "live":
+        return tuple(Sizes(whole, local) for whole, local, _ in choices)
+    # A Gram crop of the same size is made too, unless it would be the global crop itself.
+    same = not gram.distort
+    return tuple(
+        Sizes(whole, local, own or (whole if same else None)) for whole, local, own in choices
+    )
 
 
 def sizes_at(step: int, recipe: PretrainRecipe) -> Sizes:

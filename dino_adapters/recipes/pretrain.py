@@ -98,12 +98,44 @@ class PretrainRecipe(Section):
                 "gram and distill are both given, and a distillation has no Gram term. Take one "
                 "of them out, or make two phases"
             )
+        self._check_gram()
+        self._check_koleo()
         names = [phase.name for phase in self.phases]
         if len(set(names)) < len(names):
             raise ValueError(f"The phases are called {', '.join(names)}. Give each its own name")
         if self.phases:
             self.plans()
         return self
+
+    def _check_gram(self) -> None:
+        if self.gram is None:
+            return
+        if self.gram.copy_at is not None and self.gram.copy_at >= self.steps:
+            raise ValueError(
+                f"gram.copy_at is {self.gram.copy_at} and there are {self.steps} steps. Give a "
+                "step of the run, counted from 0"
+            )
+        if self.gram.size is not None and self.crops.mixture:
+            raise ValueError(
+                "gram.size is given beside crops.mixture, which holds a gram_size for each of its "
+                "entries. Leave gram.size out"
+            )
+
+    def _check_koleo(self) -> None:
+        o, batch = self.objective, self.optim.batch_size
+        if o.regularizer != "koleo":
+            return
+        if o.koleo_group is not None and batch % o.koleo_group:
+            raise ValueError(
+                f"objective.koleo_group is {o.koleo_group} and optim.batch_size is {batch}. Give a "
+                "group that divides the batch"
+            )
+        among = o.koleo_group or batch
+        if o.koleo_neighbours >= max(among, 2):
+            raise ValueError(
+                f"objective.koleo_neighbours is {o.koleo_neighbours} among {among} images. Give "
+                "fewer neighbours, or a larger batch or group"
+            )
 
     def plans(self) -> tuple[tuple[PhaseRecipe, PretrainRecipe], ...]:
         """Each phase with the complete recipe that it amounts to.

@@ -26,6 +26,14 @@ def _check_ascends(name: str, pair: tuple[float, float]) -> None:
         raise ValueError(f"{name} is {pair}. Give the smaller number first")
 
 
+def _check_local(local_size: int, global_size: int) -> None:
+    if local_size >= global_size:
+        raise ValueError(
+            f"local_size is {local_size} and global_size is {global_size}. A local crop must be "
+            "the smaller one: lower the first or raise the second"
+        )
+
+
 class ModelRecipe(Section):
     """The student; the teacher is its moving average."""
 
@@ -51,6 +59,11 @@ class SizesRecipe(Section):
     """Side of the Gram teacher's crop in pixels; None is that of the global crop."""
     probability: float = Field(default=1.0, gt=0.0)
     """Share of the steps, relative to the other entries."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_local(self.local_size, self.global_size)
+        return self
 
 
 class CropsRecipe(Section):
@@ -89,11 +102,8 @@ class CropsRecipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.local_count and self.local_size >= self.global_size:
-            raise ValueError(
-                f"local_size is {self.local_size} and global_size is {self.global_size}. A local "
-                "crop must be the smaller one: lower the first or raise the second"
-            )
+        if self.local_count and not self.mixture:
+            _check_local(self.local_size, self.global_size)
         for name in ("global_scale", "local_scale"):
             low, high = getattr(self, name)
             if not 0.0 < low <= high <= 1.0:
@@ -268,6 +278,22 @@ class GramRecipe(Section):
     """How the teacher's finer grid is brought to the student's."""
     antialias: bool = False
     """Smooth while doing so."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.refresh_every is None and (self.first_refresh or self.max_refreshes is not None):
+            raise ValueError(
+                "first_refresh or max_refreshes is given without refresh_every. Say how often "
+                "the Gram teacher is replaced, or leave them out"
+            )
+        own = {"size", "distort", "copy_at", "refresh_every"}
+        given = sorted(name for name in own if getattr(self, name) not in (None, False))
+        if self.teacher == "live" and given:
+            raise ValueError(
+                f"{given[0]} is given, and with teacher=live the moving average's own tokens are "
+                "used. Leave it out, or set teacher=ema"
+            )
+        return self
 
 
 class StudentRecipe(Section):

@@ -306,7 +306,7 @@ LARGE = {"global_size": 64, "local_size": 32}
         ),
         (
             RecipeError,
-            r"resnet10t has no heads.* Set crops.local_count=0",
+            r"features of resnet10t are imitated.* Set crops.local_count=0",
             {"distill": HEADLESS, "crops": LARGE},
         ),
         (

@@ -191,7 +191,8 @@ def stopped(monkeypatch, recipe, folder, name, step):
 
 
 @pytest.mark.parametrize(
-    ("workers", "name", "step"), [(0, "second", 3), (2, "second", 5), (0, "third", 0)]
+    ("workers", "name", "step"),
+    [(0, "second", 0), (0, "second", 3), (2, "second", 5), (0, "third", 0)],
 )
 def test_resuming_inside_a_phase_repeats_the_uninterrupted_run_to_the_bit(
     tiny, tmp_path, monkeypatch, workers, name, step

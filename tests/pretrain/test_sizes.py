@@ -48,7 +48,10 @@ def test_sizes_are_a_function_of_seed_and_step(mixed):
 
 def test_crops_of_the_gram_teacher_are_made_only_with_gram(mixed):
     assert {sizes.gram_size for sizes in all_sizes(mixed())} == {None}
-    assert [sizes.gram_size for sizes in all_sizes(mixed(gram={}))] == [40, 48, None]
+    # Where no size is told, an undistorted crop of the global size.
+    assert [sizes.gram_size for sizes in all_sizes(mixed(gram={}))] == [40, 48, 48]
+    assert [sizes.gram_size for sizes in all_sizes(mixed(gram={"distort": True}))] == [40, 48, None]
+    assert {sizes.gram_size for sizes in all_sizes(mixed(gram={"teacher": "live"}))} == {None}
 
 
 def test_the_largest_side_counts_the_gram_teachers_crops(tiny, mixed):

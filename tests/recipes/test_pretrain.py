@@ -1,0 +1,57 @@
+"""Settings that do not go together are refused when a recipe is read."""
+
+import pytest
+from pydantic import ValidationError
+
+from dino_adapters.pretrain.optim import knobs_at
+from dino_adapters.recipes.pretrain import PretrainRecipe
+
+MIXTURE = [{"global_size": 96, "local_size": 64}]
+
+
+def recipe(**told):
+    return PretrainRecipe.model_validate({"data": {"source": "x"}, **told})
+
+
+@pytest.mark.parametrize(
+    ("told", "sentence"),
+    [
+        ({"gram": {"teacher": "live", "size": 96}}, "size is given, and with teacher=live"),
+        ({"gram": {"teacher": "live", "refresh_every": 2}}, "refresh_every is given"),
+        ({"gram": {"max_refreshes": 3}}, "without refresh_every"),
+        ({"gram": {"copy_at": 10}, "steps": 10}, "gram.copy_at is 10 and there are 10 steps"),
+        ({"gram": {"size": 96}, "crops": {"mixture": MIXTURE}}, "Leave gram.size out"),
+        ({"crops": {"mixture": [{"global_size": 32, "local_size": 64}]}}, "local_size is 64"),
+        ({"objective": {"koleo_group": 3}, "optim": {"batch_size": 4}}, "divides the batch"),
+        ({"objective": {"koleo_neighbours": 4}, "optim": {"batch_size": 4}}, "4 among 4 images"),
+        ({"gram": {}, "distill": {"students": {"a": {"source": "x"}}}}, "both given"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(told, sentence):
+    with pytest.raises(ValidationError, match=sentence):
+        recipe(**told)
+
+
+def test_a_mixture_is_held_against_its_own_sizes():
+    made = recipe(crops={"mixture": MIXTURE, "local_size": 64, "global_size": 64})
+    assert made.crops.mixture[0].local_size == 64
+
+
+def test_without_koleo_its_settings_are_not_held_against_the_batch():
+    made = recipe(objective={"regularizer": "none", "koleo_group": 3}, optim={"batch_size": 4})
+    assert made.objective.koleo_group == 3
+
+
+def test_without_a_warmup_the_temperature_is_warm_from_the_first_step():
+    cold = recipe(schedule={"temperature_warmup": 0.5}, steps=10)
+    warm = recipe(schedule={"temperature_warmup": 0.0}, steps=10)
+    assert knobs_at(0, cold).teacher_temperature == pytest.approx(0.04)
+    assert knobs_at(5, cold).teacher_temperature == pytest.approx(0.07)
+    assert knobs_at(0, warm).teacher_temperature == pytest.approx(0.07)
+
+
+def test_phases_have_seeds_of_their_own():
+    made = recipe(phases=[{"name": "a"}, {"name": "b"}], seed=5)
+    first, second = (plan.seed for _, plan in made.plans())
+    assert first == 5
+    assert second not in (0, 5)
