@@ -16,7 +16,6 @@ import torch
 from dino_adapters.contracts import RunFolderError
 from dino_adapters.heads import WeightedKNN
 from dino_adapters.measure import balanced_accuracy, mean_interval, paired_interval
-from dino_adapters.recipes.pretrain import PretrainRecipe
 from dino_adapters.runtime.files import write_json
 
 Row = dict[str, Any]
@@ -33,20 +32,6 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--jobs", type=int, default=1, help="processes, each of one thread")
     made.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     return made
-
-
-def changed(recipe: PretrainRecipe, **changes: Any) -> PretrainRecipe:
-    """The recipe with settings changed; those of a section are added to its others.
-
-    Raises:
-        pydantic.ValidationError: a change names a setting that does not exist.
-    """
-    told = recipe.model_dump()
-    for name, change in changes.items():
-        section = told[name]
-        whole = not (isinstance(change, Mapping) and isinstance(section, Mapping))
-        told[name] = change if whole else {**section, **change}
-    return PretrainRecipe.model_validate(told)
 
 
 def collect(

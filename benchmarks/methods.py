@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from grid import Row, changed, collect, knn, markdown, mean_cell, paired_cell, parser, values
+from grid import Row, collect, knn, markdown, mean_cell, paired_cell, parser, values
 
 from dino_adapters.backbones import load_backbone
 from dino_adapters.data import ImageSource, Split, load_source, read_split
@@ -48,6 +48,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dinov3_none": {"objective": {"regularizer": "none"}},
 }
 """What differs from the small run of `start`, which is DINOv3's objective."""
+FEW_IMAGES: dict[str, Any] = {
+    "prototypes": 256,
+    "hidden_dim": 256,
+    "bottleneck_dim": 64,
+    "teacher_temperature": (0.04, 0.04),
+}
+"""Settings with which a micro ViT learns something in hundreds of steps on hundreds of images."""
 UNTRAINED, STATISTICS, REFERENCE = "untrained", "image statistics", "dinov3"
 METRICS = {"knn": "k-NN", "few": "5-shot nearest mean"}
 
@@ -59,7 +66,7 @@ def main(words: Sequence[str] | None = None) -> None:
     reader.add_argument("--data", required=True, help="folder, pattern or CSV of the images")
     reader.add_argument("--labels", help="CSV, or `folder`; not needed for a CSV with labels")
     reader.add_argument("--split", type=Path, required=True, help="JSON or CSV with train and test")
-    reader.add_argument("--steps", type=int, default=300)
+    reader.add_argument("--steps", type=int, default=500)
     reader.add_argument("--sizes", type=int, nargs="+", default=[64, 96], help="to read at")
     reader.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     arguments = reader.parse_args(words)
@@ -74,16 +81,18 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def recipe_of(arguments: argparse.Namespace, name: str, seed: int) -> PretrainRecipe:
-    """The recipe of one run: 48 px crops in a 48 and 24 px multi-crop, on the training part."""
-    data = DataRecipe(source=arguments.data, labels=arguments.labels, workers=1)
+    """The recipe of one run: crops of 48 and 24 px of images of 128 px, the training part."""
+    data = DataRecipe(source=arguments.data, labels=arguments.labels, image_size=128, workers=1)
     plan = scratch_plan(data, arguments.split, side=128, steps=arguments.steps, seed=seed)
-    shared = changed(
-        plan,
-        optim={"batch_size": arguments.batch},
-        checkpoint={"snapshots": 0},
-        device=arguments.device,
+    shared = plan.changed(
+        {
+            "objective": FEW_IMAGES,
+            "optim": {"batch_size": arguments.batch, "lr": 1e-3},
+            "checkpoint": {"snapshots": 0},
+            "device": arguments.device,
+        }
     )
-    return changed(shared, **VARIANTS[name])
+    return shared.changed(VARIANTS[name])
 
 
 def measured(arguments: argparse.Namespace, name: str, seed: int) -> list[Row]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from grid import Row, changed, collect, knn, markdown, mean_cell, paired_cell, parser, values
+from grid import Row, collect, knn, markdown, mean_cell, paired_cell, parser, values
 from PIL import Image
 from torch import Tensor
 
@@ -72,11 +72,12 @@ def base_recipe(arguments: argparse.Namespace, seed: int) -> PretrainRecipe:
     """The settings that all runs share; images are read at one size, Gram or not."""
     data = DataRecipe(source=str(arguments.table), image_size=120, workers=1)
     plan = scratch_plan(data, arguments.table, side=120, steps=arguments.steps[0], seed=seed)
-    return changed(
-        plan,
-        optim={"batch_size": arguments.batch},
-        checkpoint={"snapshots": 0},
-        device=arguments.device,
+    return plan.changed(
+        {
+            "optim": {"batch_size": arguments.batch},
+            "checkpoint": {"snapshots": 0},
+            "device": arguments.device,
+        }
     )
 
 
@@ -103,7 +104,7 @@ def chain(arguments: argparse.Namespace, seed: int, *, gram: bool) -> PretrainRe
         refresh = max(second // 3, 1)
         phases[1]["gram"] = {"teacher": "pretrain", "size": 96, "refresh_every": refresh}
         phases[2]["gram"] = {"teacher": "refine"}
-    return changed(base_recipe(arguments, seed), phases=phases)
+    return base_recipe(arguments, seed).changed({"phases": phases})
 
 
 def measured(arguments: argparse.Namespace, seed: int) -> list[Row]:
@@ -126,7 +127,7 @@ def measured(arguments: argparse.Namespace, seed: int) -> list[Row]:
         for phase, part in zip(PHASES, parts, strict=True):
             backbone = load_backbone(part / "export", device=arguments.device)
             rows.append(exam.row(backbone, name, phase, seed))
-    recipe = changed(base_recipe(arguments, seed), model=STUDENT, steps=arguments.steps[3])
+    recipe = base_recipe(arguments, seed).changed({"model": STUDENT, "steps": arguments.steps[3]})
     export = pretrain(recipe, RunFolder(runs / f"alone_{seed}"), resume=True, quiet=True)
     alone = load_backbone(export, device=arguments.device)
     return [*rows, exam.row(alone, "alone", "distill", seed)]

@@ -11,36 +11,14 @@ The mixture is DINOv3's own: 512 and 768 px, Gram teacher at 1.5 times that, wei
 changes. Lengths, network, heads, batch and learning rate are our choice. For images of some 500 px
 halve all sizes of the mixture, or the views are only blown up. full_method.py has the Gram phase
 between the two.
+The settings around the phases are those of gram.py.
 Not sayable in a recipe: a rate that rises as a cosine and then stays; here the rise is linear.
 """
 
+_base_ = ["gram.py"]
+
 model = dict(source="vits16", drop_path=0.1)
-data = dict(source="give data.source=FOLDER", workers=16, memory_gb=64.0)
-crops = dict(global_size=256, local_size=112, local_count=8, horizontal_flip=False)
-objective = dict(
-    prototypes=16384,
-    hidden_dim=2048,
-    bottleneck_dim=256,
-    koleo_group=16,
-)
-optim = dict(
-    batch_size=512,
-    lr=2e-4,
-    lr_end=2e-4,
-    lr_rule="sqrt_1024",
-    weight_decay=(0.04, 0.04),
-    betas=(0.9, 0.99),
-    clip=30.0,
-    layer_decay=0.98,
-    decay_rule="name",
-)
-schedule = dict(
-    warmup=0.1,
-    freeze_last_layer=0.005,
-    temperature_warmup=0.1,
-    momentum=(0.994, 0.994),
-)
-checkpoint = dict(every_steps=1000)
+optim = dict(lr=2e-4, lr_end=2e-4)
 phases = [
     dict(name="pretrain", steps=100_000),
     dict(

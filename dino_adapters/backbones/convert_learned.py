@@ -7,7 +7,6 @@ position table holds: a row for CLS where there are no registers, else rows for 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dino_adapters.backbones.convert_vit import State, effective_bias, refuse_unknown
+from dino_adapters.backbones.positions import table_side
 from dino_adapters.contracts import WeightsError
 
 LEARNED_TAG = "learned"
@@ -112,9 +112,9 @@ def _training_only(key: str) -> bool:
 def _with_cls(table: Tensor) -> Tensor:
     """The table with a row for CLS, told by which of the two lengths is a square."""
     length = table.shape[1]
-    if length > 1 and math.isqrt(length - 1) ** 2 == length - 1:
+    if table_side(length) is not None:
         return table
-    if math.isqrt(length) ** 2 != length:
+    if table_side(length + 1) is None:
         raise WeightsError(
             f"The position table has {length} rows. A square number is expected, or one more with "
             "CLS: load the network as timm's own, by its name."

@@ -29,7 +29,7 @@ from dino_adapters.backbones.vit import VisionTransformer
 from dino_adapters.backbones.weights import DINOV3_LICENCE_ID
 from dino_adapters.contracts import BackboneInfo, RunFolderError, WeightsError
 from dino_adapters.runtime.console import Notices
-from dino_adapters.runtime.files import write_json, write_text
+from dino_adapters.runtime.files import replace_folder, write_json, write_text
 
 LICENCE_FILE = "LICENCE-NOTE.txt"
 
@@ -95,7 +95,7 @@ def export_backbone(
         _write(temporary, state, info, layouts)
         for name, tensors in (beside or {}).items():
             _save(temporary / name, tensors)
-        _into_place(temporary, folder)
+        replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
@@ -167,18 +167,3 @@ def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file(ready, path, metadata={"format": "pt"})  # transformers asks for this word
     with path.open("rb+") as written:
         os.fsync(written.fileno())
-
-
-def _into_place(temporary: Path, folder: Path) -> None:
-    if not folder.exists() or not any(folder.iterdir()):
-        temporary.replace(folder)  # an empty folder may be replaced
-        return
-    # Two renames: a reader finds the old export or the new one, or for an instant none.
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-    folder.replace(old)
-    try:
-        temporary.replace(folder)
-    except OSError:
-        old.replace(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

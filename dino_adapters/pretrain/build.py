@@ -47,7 +47,7 @@ def make_learner(
         device=device,
         bf16=bf16,
         gram=recipe.gram,
-        gram_network=gram_network(recipe.gram, info, origin, notices),
+        gram_network=gram_network(recipe.gram, network, info, origin, notices),
     )
     if recipe.gram is not None and recipe.gram.tokens != "all" and not learner.with_ibot:
         raise RecipeError(

@@ -12,7 +12,7 @@ import torch
 
 from dino_adapters.contracts import CheckpointError
 from dino_adapters.pretrain.learner import Learner
-from dino_adapters.runtime.files import write_json
+from dino_adapters.runtime.files import replace_folder, write_json
 
 STATE, META = "state.pt", "meta.json"
 
@@ -52,8 +52,7 @@ def save_checkpoint(
     try:
         torch.save(state, partial / STATE)
         write_json(partial / META, {"step": progress.step, "inputs": inputs})
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+        replace_folder(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     for old in checkpoints(folder)[:-keep]:
@@ -78,7 +77,7 @@ def load_checkpoint(path: Path, learner: Learner, optimizer: torch.optim.Optimiz
         CheckpointError: the file is damaged, or of a run with other networks.
     """
     try:
-        state = torch.load(path / STATE, map_location=learner.device, weights_only=True)
+        state = torch.load(path / STATE, map_location="cpu", weights_only=True)
         learner.load_state(state["learner"])
         optimizer.load_state_dict(state["optimizer"])
     except Exception as error:
@@ -98,7 +97,7 @@ def take_over(learner: Learner, optimizer: torch.optim.Optimizer, path: Path) ->
         CheckpointError: the file is damaged, or of other networks.
     """
     try:
-        state = torch.load(path / STATE, map_location=learner.device, weights_only=True)
+        state = torch.load(path / STATE, map_location="cpu", weights_only=True)
         learner.load_state({k: v for k, v in state["learner"].items() if k != "gram"})
         # Moments only: betas and multipliers of the groups are those of the new phase.
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]["state"]})

@@ -14,6 +14,7 @@ from dino_adapters.pretrain.learner import Learner
 from dino_adapters.pretrain.origin import HEADS, heads_of
 from dino_adapters.pretrain.sizes import all_sizes
 from dino_adapters.recipes.pretrain import PretrainRecipe
+from dino_adapters.runtime.files import replace_folder
 
 REGULARIZERS = {"koleo": "KoLeo", "kde": "KDE", "sigreg": "SIGReg"}
 
@@ -82,6 +83,5 @@ def copy_export(export: Path, target: Path) -> Path:
     partial = target.with_name(f".{target.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(export, partial)
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    replace_folder(partial, target)
     return target

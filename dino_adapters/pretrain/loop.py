@@ -13,7 +13,7 @@ from dino_adapters.pretrain.assemble import Run, assemble
 from dino_adapters.pretrain.augment import Crops
 from dino_adapters.pretrain.checkpoint import Progress, save_checkpoint
 from dino_adapters.pretrain.objective import Losses
-from dino_adapters.pretrain.optim import Knobs, clip, knobs_at, set_rates
+from dino_adapters.pretrain.optim import Knobs, Timetable, clip, set_rates
 from dino_adapters.pretrain.origin import FRESH, Origin, snapshot_folder
 from dino_adapters.recipes.pretrain import PretrainRecipe
 from dino_adapters.runtime.console import Notices, duration, progress
@@ -62,12 +62,12 @@ def train(
             origin=origin,
         )
         started = time.monotonic() - run.progress.seconds
-        every = max(1, recipe.steps // ROWS)
+        timetable, every = Timetable(recipe), max(1, recipe.steps // ROWS)
 
         left = recipe.steps - run.progress.step
         with repeatable(run.learner.device), progress("pretrain", left, quiet=quiet) as shown:
             for step, images in run.batches():
-                knobs = knobs_at(step, recipe)
+                knobs = timetable.at(step)
                 crops = run.crops(step, images)
                 run.seed_draws(step)
                 losses, norms = one_step(run, crops, knobs)

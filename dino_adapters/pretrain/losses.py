@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_adapters.contracts import ShapeError
+from dino_adapters.pretrain.masks import mask_weights
 from dino_adapters.pretrain.ranks import ALONE, Ranks
 
 TINY = 1e-8
@@ -130,9 +131,13 @@ def ibot_dense_loss(
             f"masks {tuple(masks.shape)}. Expected (B, N, K) twice and (B, N)."
         )
     masks = masks.bool()
-    counts = masks.sum(dim=1, keepdim=True).clamp(min=1)
-    weights = counts.to(exact(student).dtype).reciprocal().expand_as(masks)[masks]
-    return ibot_loss(student[masks], teacher[masks], weights, len(masks), temperature=temperature)
+    return ibot_loss(
+        student[masks],
+        teacher[masks],
+        mask_weights(masks, exact(student).dtype),
+        len(masks),
+        temperature=temperature,
+    )
 
 
 def koleo_loss(

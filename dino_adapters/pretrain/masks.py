@@ -102,17 +102,18 @@ def reference_block_limit(size_px: int, patch: int) -> int:
     return int(0.5 * size_px // patch * size_px // patch)
 
 
-def mask_weights(masks: Tensor) -> Tensor:
+def mask_weights(masks: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """`1 / (masked patches of its crop)` for each masked patch, in row-major order.
 
     Args:
         masks: bool `(crops, N)`.
+        dtype: of the weights.
 
     Returns:
-        float32 `(M,)`.
+        `(M,)`.
     """
     counts = masks.sum(dim=1, keepdim=True).clamp(min=1)
-    return (1.0 / counts).expand_as(masks)[masks]
+    return counts.to(dtype).reciprocal().expand_as(masks)[masks]
 
 
 def _one_mask(count: int, grid: tuple[int, int], draws: MaskDraws, most: int) -> Tensor:

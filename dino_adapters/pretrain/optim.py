@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import math
 import re
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from dino_adapters.pretrain.prototypes import GAIN
-from dino_adapters.pretrain.schedules import scaled_rate
+from dino_adapters.pretrain.schedules import (
+    cosine_table,
+    frozen_start,
+    half_cosine,
+    linear_rise,
+    scaled_rate,
+    warmup_cosine,
+)
 from dino_adapters.recipes.pretrain import PretrainRecipe
 
 TOKENS = ("cls_token", "register_tokens", "mask_token", "pos_embed")
@@ -33,54 +41,64 @@ class Knobs:
     gram_weight: float = 0.0
 
 
-def knobs_at(step: int, recipe: PretrainRecipe) -> Knobs:
-    """All scheduled values of a step; a pure function, so that resuming needs no state."""
-    optim, schedule, objective = recipe.optim, recipe.schedule, recipe.objective
-    old, steps = schedule.family == "v2", recipe.steps
-    peak = scaled_rate(optim.lr, optim.batch_size, optim.lr_rule)
-    # The older family scales only the peak.
-    end = optim.lr_end if old else scaled_rate(optim.lr_end, optim.batch_size, optim.lr_rule)
-    lr = warmup_cosine_at(step, steps, peak, end, round(schedule.warmup * steps), old=old)
-    cold, warm = objective.teacher_temperature
-    rise = round(schedule.temperature_warmup * steps)
-    warmed = min(step / max(rise - old, 1), 1.0) if rise else 1.0
-    gram = recipe.gram
-    return Knobs(
-        step=step,
-        lr=lr,
-        prototype_lr=0.0 if step < round(schedule.freeze_last_layer * steps) else lr,
-        weight_decay=warmup_cosine_at(step, steps, *optim.weight_decay, 0, old=old),
-        momentum=warmup_cosine_at(step, steps, *schedule.momentum, 0, old=old),
-        teacher_temperature=cold + (warm - cold) * warmed,
-        local_weight=ramp_at(step, schedule.local_ramp * steps, *objective.local_weight),
-        regularizer_weight=objective.regularizer_weight
-        * min(step / max(schedule.regularizer_warmup * steps, 1e-9), 1.0)
-        if schedule.regularizer_warmup
-        else objective.regularizer_weight,
-        gram_weight=0.0 if gram is None else ramp_at(step, gram.ramp * steps, 0.0, gram.weight),
-    )
+class Timetable:
+    """Every scheduled value of a run; nothing in it changes, so that resuming needs no state."""
+
+    def __init__(self, recipe: PretrainRecipe) -> None:
+        """Makes the tables of the recipe's family, read in every step."""
+        steps, optim, schedule = recipe.steps, recipe.optim, recipe.schedule
+        cold, warm = recipe.objective.teacher_temperature
+        old = schedule.family == "v2"
+        peak = scaled_rate(optim.lr, optim.batch_size, optim.lr_rule)
+        warmup, rise = round(schedule.warmup * steps), round(schedule.temperature_warmup * steps)
+        if old:  # only the peak is scaled
+            lr = cosine_table(steps, base=peak, end=optim.lr_end, warmup=warmup)
+            temperature = linear_rise(rise, steps, cold, warm)
+        else:
+            end = scaled_rate(optim.lr_end, optim.batch_size, optim.lr_rule)
+            lr = warmup_cosine(steps, start=0.0, peak=peak, end=end, warmup=warmup)
+            temperature = warmup_cosine(steps, start=cold, peak=warm, end=warm, warmup=rise)
+        decay, momentum = (
+            cosine_table(steps, base=first, end=last)
+            if old
+            else warmup_cosine(steps, start=first, peak=first, end=last, warmup=0)
+            for first, last in (optim.weight_decay, schedule.momentum)
+        )
+        frozen = frozen_start(lr, round(schedule.freeze_last_layer * steps))
+        self.recipe = recipe
+        # Plain doubles: a million steps are 8 MB a table.
+        self.lr, self.prototype_lr = array("d", lr), array("d", frozen)
+        self.weight_decay, self.momentum = array("d", decay), array("d", momentum)
+        self.teacher_temperature = array("d", temperature)
+
+    def at(self, step: int) -> Knobs:
+        """All values of a step, counted from 0."""
+        recipe = self.recipe
+        steps, schedule, objective, gram = (
+            recipe.steps,
+            recipe.schedule,
+            recipe.objective,
+            recipe.gram,
+        )
+        spread = round(schedule.regularizer_warmup * steps)
+        spread_share = step / spread if step < spread else 1.0
+        return Knobs(
+            step=step,
+            lr=self.lr[step],
+            prototype_lr=self.prototype_lr[step],
+            weight_decay=self.weight_decay[step],
+            momentum=self.momentum[step],
+            teacher_temperature=self.teacher_temperature[step],
+            local_weight=ramp(step, schedule.local_ramp, steps, *objective.local_weight),
+            regularizer_weight=objective.regularizer_weight * spread_share,
+            gram_weight=0.0 if gram is None else ramp(step, gram.ramp, steps, 0.0, gram.weight),
+        )
 
 
-def ramp_at(step: int, steps: float, start: float, end: float) -> float:
-    """Half a cosine from `start` at step 0 to `end` from step `steps` on."""
-    return half_cosine(step / steps, start, end) if step < steps else end
-
-
-def half_cosine(progress: float, start: float, end: float) -> float:
-    """From `start` at progress 0 to `end` at 1, flat at both ends."""
-    return end + (start - end) * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2
-
-
-def warmup_cosine_at(
-    step: int, steps: int, peak: float, end: float, warmup: int, *, old: bool = False
-) -> float:
-    """One value of `schedules.warmup_cosine` from 0, or with `old` of `schedules.cosine_table`.
-
-    Computed without the table, which a long run would otherwise make for each of its steps.
-    """
-    if step < warmup:
-        return peak * step / max(warmup - old, 1)
-    return half_cosine((step - warmup) / max(steps - warmup - (not old), 1), peak, end)
+def ramp(step: int, share: float, steps: int, start: float, end: float) -> float:
+    """Half a cosine from `start` to `end` over a share of the run, then `end`."""
+    length = round(share * steps)
+    return half_cosine(step, length, start, end) if step < length else end
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +158,7 @@ def parameter_groups(
     layer_decay: float,
     patch_embed: float,
     decay_rule: Literal["shape", "name"] = "shape",
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """AdamW groups of the student: parameters with equal multipliers share one.
 
     Args:

@@ -135,20 +135,29 @@ def with_heads(
 
 
 def gram_network(
-    gram: GramRecipe | None, info: BackboneInfo, origin: Origin, notices: Notices
+    gram: GramRecipe | None,
+    student: nn.Module,
+    info: BackboneInfo,
+    origin: Origin,
+    notices: Notices,
 ) -> nn.Module | None:
     """The Gram teacher's backbone, where it is not the moving average itself.
 
     Raises:
-        RecipeError: it is not of the student's width or patch size.
+        RecipeError: its tensors are not of the student's names and shapes.
     """
     if gram is None or gram.teacher in ("ema", "live"):
         return None
     network, other = build_network(origin.find(gram.teacher), bands=info.bands, notices=notices)
-    if (other.embed_dim, other.patch_size) != (info.embed_dim, info.patch_size):
+    theirs, ours = (
+        {name: tensor.shape for name, tensor in module.state_dict().items()}
+        for module in (network, student)
+    )
+    if theirs != ours:
         raise RecipeError(
-            f"The Gram teacher {gram.teacher} has width {other.embed_dim} and patches of "
-            f"{other.patch_size} px, the student width {info.embed_dim} and {info.patch_size} px. "
-            "Take an earlier state of the same network."
+            f"The Gram teacher {gram.teacher} has width {other.embed_dim}, depth {other.depth} and "
+            f"patches of {other.patch_size} px, the student width {info.embed_dim}, depth "
+            f"{info.depth} and {info.patch_size} px, or they differ in other tensors. Take an "
+            "earlier state of the same network."
         )
     return network

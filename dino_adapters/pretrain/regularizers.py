@@ -25,8 +25,8 @@ def kde_loss(tokens: Tensor, *, concentration: float = 5.0, ranks: Ranks = ALONE
 
     `mean_i log mean_{j != i} exp(κ x_i · x_j)`: minus the entropy by a kernel density of von
     Mises-Fisher kernels, without their constant (Wang and Isola, arXiv 2005.10242, section 4.2,
-    with the token itself left out). Virchow2 (arXiv 2408.00738) and Midnight (arXiv 2504.05186) use
-    such an estimate where DINOv2 has KoLeo, as its gradient is bounded.
+    with the token itself left out). Midnight (arXiv 2504.05186) has a kernel density estimate in
+    KoLeo's place; whether its form is this one was not checked.
 
     Args:
         tokens: class tokens `(B, D)` of one global crop of each image.

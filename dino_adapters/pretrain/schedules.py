@@ -35,7 +35,7 @@ def warmup_cosine(
     cosine = steps - warmup if cosine is None else cosine
     _check_fits(steps, warmup=warmup, cosine=cosine)
     table = [start + (peak - start) * step / warmup for step in range(warmup)]
-    table += [_half_cosine(step, cosine - 1, peak, end) for step in range(cosine)]
+    table += [half_cosine(step, cosine - 1, peak, end) for step in range(cosine)]
     return table + [end] * (steps - warmup - cosine)
 
 
@@ -73,9 +73,9 @@ def cosine_table(
     table = [0.0] * frozen + linear_rise(warmup, warmup, warmup_start, base)
     count = steps - len(table)
     if not extra:
-        return table + [_half_cosine(step, count, base, end) for step in range(count)]
+        return table + [half_cosine(step, count, base, end) for step in range(count)]
     last = int((1 + extra) * count) - 1
-    shares = [_half_cosine(step, last, 1.0, 0.0) for step in range(count)]
+    shares = [half_cosine(step, last, 1.0, 0.0) for step in range(count)]
     low = shares[-1] if count > 1 else 0.0
     return table + [end + (base - end) * (share - low) / (1.0 - low) for share in shares]
 
@@ -113,16 +113,10 @@ def scaled_rate(lr: float, batch: int, rule: Literal["none", "sqrt_1024", "linea
     return lr * batch / 256 if rule == "linear_256" else lr
 
 
-def at(table: list[float], step: int, *, beyond: float | None = None) -> float:
-    """Value of a step; after the table `beyond`, or its last value if that is None."""
-    if step < len(table):
-        return table[step]
-    return table[-1] if beyond is None else beyond
-
-
-def _half_cosine(step: int, last: int, start: float, end: float) -> float:
-    """From `start` at step 0 to `end` at step `last`; `start` if that is step 0 as well."""
-    return end + (start - end) * (1.0 + math.cos(math.pi * step / max(last, 1))) / 2.0
+def half_cosine(step: int, last: int, start: float, end: float) -> float:
+    """From `start` at step 0 to `end` from step `last` on; `start` if that is step 0 as well."""
+    progress = min(step / max(last, 1), 1.0)
+    return end + (start - end) * (1.0 + math.cos(math.pi * progress)) / 2.0
 
 
 def _check_fits(steps: int, **parts: int) -> None:

@@ -137,6 +137,21 @@ class PretrainRecipe(Section):
                 "fewer neighbours, or a larger batch or group"
             )
 
+    def changed(self, changes: Mapping[str, Any]) -> PretrainRecipe:
+        """This recipe with changes written over it, those of a section over that section.
+
+        Raises:
+            pydantic.ValidationError: a change names a setting that does not exist, or misfits.
+        """
+        told = self.model_dump()
+        for key, value in changes.items():
+            before = told.get(key)
+            if isinstance(before, Mapping) and isinstance(value, Mapping):
+                told[key] = {**before, **value}
+            else:
+                told[key] = value
+        return PretrainRecipe.model_validate(told)
+
     def plans(self) -> tuple[tuple[PhaseRecipe, PretrainRecipe], ...]:
         """Each phase with the complete recipe that it amounts to.
 
@@ -145,23 +160,11 @@ class PretrainRecipe(Section):
         Raises:
             pydantic.ValidationError: a change names a setting that does not exist, or misfits.
         """
-        base = self.model_dump(exclude={"phases"})
+        base = self.model_copy(update={"phases": ()})
         plans = []
         for index, phase in enumerate(self.phases):
             changes = phase.model_dump(exclude={"name", "start"}, exclude_none=True)
             if index:
                 changes["seed"] = derive(self.seed, "phase", index)
-            plans.append((phase, PretrainRecipe.model_validate(_merged(base, changes))))
+            plans.append((phase, base.changed(changes)))
         return tuple(plans)
-
-
-def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` written over it, section by section."""
-    merged = dict(base)
-    for key, value in changes.items():
-        before = merged.get(key)
-        if isinstance(before, Mapping) and isinstance(value, Mapping):
-            merged[key] = {**before, **value}
-        else:
-            merged[key] = value
-    return merged

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,6 +43,22 @@ def write_json(path: Path, value: Any, *, default: Callable[[Any], Any] | None =
     """Writes indented JSON atomically; NaN is refused, as other readers would choke on it."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=default)
     write_text(path, text + "\n")
+
+
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Puts a finished folder in the place of another, or of none; both have the same parent."""
+    if not folder.exists() or not any(folder.iterdir()):
+        temporary.replace(folder)  # an empty folder may be replaced
+        return
+    # Two renames: a reader finds the old export or the new one, or for an instant none.
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    folder.replace(old)
+    try:
+        temporary.replace(folder)
+    except OSError:
+        old.replace(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def file_digest(path: Path) -> str:

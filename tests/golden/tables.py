@@ -20,6 +20,11 @@ RULES: dict[str, Any] = {
 """Official names of the rules, and ours."""
 
 
+def at(table: list[float], step: int, *, beyond: float) -> float:
+    """Value of a step; the official tables go on with a constant after their end."""
+    return table[step] if step < len(table) else beyond
+
+
 def block_table(
     block: Settings, epoch: int, steps: int, *, batch: int = 1, rule: str = "none"
 ) -> list[float]:

@@ -15,7 +15,7 @@ from dino_adapters.pretrain.augment import Crops
 from dino_adapters.pretrain.learner import SelfDistillation
 from dino_adapters.pretrain.loop import one_step
 from dino_adapters.pretrain.masks import block_masks
-from dino_adapters.pretrain.optim import Knobs, knobs_at
+from dino_adapters.pretrain.optim import Knobs, Timetable
 from dino_adapters.pretrain.origin import Origin
 from dino_adapters.recipes.sections import GramRecipe, ObjectiveRecipe
 from dino_adapters.runtime.runfolder import RunFolder
@@ -203,7 +203,7 @@ def test_it_comes_from_a_file_a_phase_or_its_snapshot(tiny, tmp_path):
         held = run.learner.gram.network.state_dict()
         assert same(held, load_file(export / "model.safetensors")), word
         ((step, images),) = run.batches()
-        losses, _ = one_step(run, run.crops(step, images), knobs_at(step, recipe))
+        losses, _ = one_step(run, run.crops(step, images), Timetable(recipe).at(step))
         assert losses.terms["gram"] > 0
         assert same(held, load_file(export / "model.safetensors")), word
 

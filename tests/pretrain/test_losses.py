@@ -230,7 +230,10 @@ def test_koleo_of_random_tokens_has_the_known_size():
 
 def test_koleo_gradient_is_that_of_finite_differences():
     tokens = torch.randn(6, 3, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-    loss = lambda x: koleo_loss(x, neighbours=2, group=3, floor=0.1)  # noqa: E731
+
+    def loss(x):
+        return koleo_loss(x, neighbours=2, group=3, floor=0.1)
+
     assert torch.autograd.gradcheck(loss, (tokens.requires_grad_(),))
 
 

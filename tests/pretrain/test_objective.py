@@ -11,7 +11,7 @@ from dino_adapters.pretrain.augment import Crops
 from dino_adapters.pretrain.learner import SelfDistillation
 from dino_adapters.pretrain.masks import block_masks
 from dino_adapters.pretrain.objective import Balance
-from dino_adapters.pretrain.optim import Knobs, knobs_at
+from dino_adapters.pretrain.optim import Knobs, Timetable
 from dino_adapters.pretrain.prototypes import GAIN
 from dino_adapters.recipes.sections import GramRecipe, ObjectiveRecipe
 from dino_adapters.runtime.runfolder import RunFolder
@@ -161,7 +161,7 @@ def test_the_local_weight_scales_the_local_share_without_renormalising():
 
 def test_the_local_weight_moves_in_half_a_cosine(tiny):
     recipe = tiny(steps=20, objective={"local_weight": (1.0, 0.5)}, schedule={"local_ramp": 0.5})
-    told = [knobs_at(step, recipe).local_weight for step in range(20)]
+    told = [Timetable(recipe).at(step).local_weight for step in range(20)]
     assert told[0] == 1.0
     assert told[5] == pytest.approx(0.75)
     assert told[10:] == [0.5] * 10

@@ -6,14 +6,13 @@ from torch import nn
 
 from dino_adapters.backbones import ConvNeXt, ConvNeXtConfig, VisionTransformer, ViTConfig
 from dino_adapters.pretrain.optim import (
+    Timetable,
     clip,
-    half_cosine,
-    knobs_at,
     parameter_groups,
     set_rates,
-    warmup_cosine_at,
 )
 from dino_adapters.pretrain.prototypes import ProjectionHead
+from dino_adapters.pretrain.schedules import half_cosine
 from dino_adapters.recipes.pretrain import PretrainRecipe
 
 
@@ -21,8 +20,13 @@ def recipe(**changes):
     return PretrainRecipe.model_validate({"data": {"source": "x"}, "steps": 100, **changes})
 
 
+def lr_over(steps, *, end, warmup):
+    told = recipe(steps=steps, optim={"lr": 1.0, "lr_end": end}, schedule={"warmup": warmup})
+    return [Timetable(told).at(step).lr for step in range(steps)]
+
+
 def test_warmup_starts_at_zero_peaks_and_ends():
-    values = [warmup_cosine_at(step, 100, 1.0, 0.1, 10) for step in range(100)]
+    values = lr_over(100, end=0.1, warmup=0.1)
     assert values[0] == 0.0
     assert values[10] == 1.0
     assert values[-1] == pytest.approx(0.1)
@@ -31,22 +35,22 @@ def test_warmup_starts_at_zero_peaks_and_ends():
 
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (1, 1), (2, 1), (10, 10), (10, 0)])
 def test_warmup_edges_stay_between_zero_and_peak(steps, warmup):
-    values = [warmup_cosine_at(step, steps, 1.0, 0.0, warmup) for step in range(steps)]
+    values = lr_over(steps, end=0.0, warmup=warmup / steps)
     assert all(0.0 <= value <= 1.0 for value in values)
 
 
 def test_half_cosine_is_flat_at_both_ends():
-    assert half_cosine(0.0, 0.04, 0.4) == pytest.approx(0.04)
-    assert half_cosine(1.0, 0.04, 0.4) == pytest.approx(0.4)
-    assert half_cosine(0.5, 0.04, 0.4) == pytest.approx(0.22)
-    assert half_cosine(7.0, 0.04, 0.4) == pytest.approx(0.4)
+    assert half_cosine(0, 10, 0.04, 0.4) == pytest.approx(0.04)
+    assert half_cosine(10, 10, 0.04, 0.4) == pytest.approx(0.4)
+    assert half_cosine(5, 10, 0.04, 0.4) == pytest.approx(0.22)
+    assert half_cosine(70, 10, 0.04, 0.4) == pytest.approx(0.4)
 
 
 def test_knobs_over_a_run():
     told = recipe(schedule={"freeze_last_layer": 0.05, "momentum": (0.99, 1.0)})
-    first, later, last = knobs_at(0, told), knobs_at(50, told), knobs_at(99, told)
-    assert knobs_at(4, told).prototype_lr == 0.0
-    assert knobs_at(5, told).prototype_lr == knobs_at(5, told).lr > 0.0
+    first, later, last = Timetable(told).at(0), Timetable(told).at(50), Timetable(told).at(99)
+    assert Timetable(told).at(4).prototype_lr == 0.0
+    assert Timetable(told).at(5).prototype_lr == Timetable(told).at(5).lr > 0.0
     assert first.teacher_temperature == pytest.approx(0.04)
     assert later.teacher_temperature == last.teacher_temperature == pytest.approx(0.07)
     assert first.momentum == pytest.approx(0.99)
@@ -74,7 +78,7 @@ def rates(modules, **options):
         id(p): f"{m}.{n}" for m, module in modules.items() for n, p in module.named_parameters()
     }
     groups = parameter_groups(modules, **options)
-    return {names[id(p)]: g for g in groups for p in g["params"]}  # pyright: ignore
+    return {names[id(p)]: g for g in groups for p in g["params"]}
 
 
 def test_layer_decay_patch_multiplier_and_weight_decay():
@@ -128,7 +132,7 @@ def test_every_trained_parameter_is_in_one_group(student, rule):
     )
     still.requires_grad_(False)
     groups = parameter_groups(modules, layer_decay=0.9, patch_embed=0.2, decay_rule=rule)
-    held = [id(p) for group in groups for p in group["params"]]  # pyright: ignore
+    held = [id(p) for group in groups for p in group["params"]]
     trained = [id(p) for m in modules.values() for p in m.parameters() if p.requires_grad]
     assert sorted(held) == sorted(trained)
     keys = [tuple(value for name, value in g.items() if name != "params") for g in groups]
@@ -192,7 +196,7 @@ def test_rates_of_12_blocks_a_convnext_and_a_head(make, table, rule):
 def test_set_rates_freezes_prototypes_alone():
     groups = parameter_groups({"b": Toy(), "h": Head()}, layer_decay=1.0, patch_embed=1.0)
     optimizer = torch.optim.AdamW(groups, lr=0.0)
-    set_rates(optimizer, knobs_at(0, recipe(schedule={"warmup": 0.0})))
+    set_rates(optimizer, Timetable(recipe(schedule={"warmup": 0.0})).at(0))
     for group in optimizer.param_groups:
         assert group["lr"] == (0.0 if group["prototype"] else 1e-3)
 

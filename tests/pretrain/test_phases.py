@@ -14,7 +14,7 @@ from dino_adapters.pretrain import phases, pretrain
 from dino_adapters.pretrain.assemble import assemble
 from dino_adapters.pretrain.learner import SelfDistillation
 from dino_adapters.pretrain.loop import one_step
-from dino_adapters.pretrain.optim import knobs_at
+from dino_adapters.pretrain.optim import Timetable
 from dino_adapters.pretrain.origin import Origin
 from dino_adapters.recipes.pretrain import PretrainRecipe
 from dino_adapters.recipes.read import read_recipe
@@ -120,7 +120,7 @@ def test_state_goes_on_with_networks_and_moments_to_the_bit(tiny, tmp_path):
     ((step, images),) = run.batches()
     crops = run.crops(step, images)
     run.seed_draws(step)
-    one_step(run, crops, knobs_at(step, plan))
+    one_step(run, crops, Timetable(plan).at(step))
 
     after = state(part(folder, "second"), 1)
     for name in ("student", "teacher"):
@@ -326,7 +326,7 @@ def test_several_students_are_no_start(tiny, tmp_path):
 
 def test_a_gram_teacher_of_another_width_is_refused_with_its_phase(tiny, tmp_path):
     wide = {"name": "first", "model": {"architecture": {"embed_dim": 32, "num_heads": 2}}}
-    sentence = "Phase second: The Gram teacher first has width 32 .* the student width 24"
+    sentence = "Phase second: The Gram teacher first has width 32, .* the student width 24, "
     refused(tiny, tmp_path, sentence, wide, second(gram={"teacher": "first"}))
 
 

@@ -6,15 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dino_adapters.contracts import RecipeError
-from dino_adapters.pretrain.optim import warmup_cosine_at
+from dino_adapters.pretrain.optim import Timetable
 from dino_adapters.pretrain.schedules import (
-    at,
     cosine_table,
     frozen_start,
     linear_rise,
     scaled_rate,
     warmup_cosine,
 )
+from dino_adapters.recipes.pretrain import PretrainRecipe
 
 LEVELS = st.floats(-2, 2)
 
@@ -144,11 +144,6 @@ def test_frozen_start_covers_no_more_than_the_table():
     assert frozen_start([1.0, 2.0, 3.0], 9) == [0.0] * 3
 
 
-def test_after_the_table_comes_its_last_value_or_what_is_told():
-    assert [at([1.0, 2.0], step) for step in range(4)] == [1.0, 2.0, 2.0, 2.0]
-    assert [at([1.0, 2.0], step, beyond=0.5) for step in range(4)] == [1.0, 2.0, 0.5, 0.5]
-
-
 def test_rates_of_published_runs():
     """Peaks of DINOv3's ImageNet recipe and 7B run, and of DINO's."""
     assert scaled_rate(1e-3, 2048, "sqrt_1024") == pytest.approx(5.66e-3, rel=1e-3)
@@ -161,10 +156,18 @@ def test_rates_of_published_runs():
     ("steps", "warmup"), [(steps, warmup) for steps in (1, 2, 7) for warmup in range(steps + 1)]
 )
 def test_values_of_a_run_are_those_of_the_tables(steps, warmup):
-    """What training computes for one step is what the table of the family holds there."""
-    new = warmup_cosine(steps, start=0.0, peak=1.0, end=0.1, warmup=warmup)
-    old = cosine_table(steps, base=1.0, end=0.1, warmup=warmup)
-    for step in range(steps):
-        assert warmup_cosine_at(step, steps, 1.0, 0.1, warmup) == pytest.approx(new[step])
-        found = warmup_cosine_at(step, steps, 1.0, 0.1, warmup, old=True)
-        assert found == pytest.approx(old[step])
+    """What training reads in a step is what the table of the family holds there."""
+    for family, table in (
+        ("v3", warmup_cosine(steps, start=0.0, peak=1.0, end=0.1, warmup=warmup)),
+        ("v2", cosine_table(steps, base=1.0, end=0.1, warmup=warmup)),
+    ):
+        recipe = PretrainRecipe.model_validate(
+            {
+                "data": {"source": "x"},
+                "steps": steps,
+                "optim": {"lr": 1.0, "lr_end": 0.1},
+                "schedule": {"family": family, "warmup": warmup / steps},
+            }
+        )
+        found = [Timetable(recipe).at(step).lr for step in range(steps)]
+        assert found == pytest.approx(table)

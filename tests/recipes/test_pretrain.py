@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from dino_adapters.pretrain.optim import knobs_at
+from dino_adapters.pretrain.optim import Timetable
 from dino_adapters.recipes.pretrain import PretrainRecipe
 
 MIXTURE = [{"global_size": 96, "local_size": 64}]
@@ -45,9 +45,9 @@ def test_without_koleo_its_settings_are_not_held_against_the_batch():
 def test_without_a_warmup_the_temperature_is_warm_from_the_first_step():
     cold = recipe(schedule={"temperature_warmup": 0.5}, steps=10)
     warm = recipe(schedule={"temperature_warmup": 0.0}, steps=10)
-    assert knobs_at(0, cold).teacher_temperature == pytest.approx(0.04)
-    assert knobs_at(5, cold).teacher_temperature == pytest.approx(0.07)
-    assert knobs_at(0, warm).teacher_temperature == pytest.approx(0.07)
+    assert Timetable(cold).at(0).teacher_temperature == pytest.approx(0.04)
+    assert Timetable(cold).at(5).teacher_temperature == pytest.approx(0.07)
+    assert Timetable(warm).at(0).teacher_temperature == pytest.approx(0.07)
 
 
 def test_phases_have_seeds_of_their_own():

@@ -35,7 +35,7 @@ def _read_spec(case: Case, spec: Settings) -> None:
         decay_rule="name",
     )
     assert len(groups) == spec["n_fused_groups"]
-    found = {id(p): group for group in groups for p in group["params"]}  # pyright: ignore
+    found = {id(p): group for group in groups for p in group["params"]}
     # Ours has a tensor of no registers where there are none.
     parameters = {name: p for name, p in module.named_parameters() if p.numel()}
     expected: dict[str, Settings] = {}

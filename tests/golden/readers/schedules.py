@@ -2,10 +2,10 @@
 
 import torch
 
-from dino_adapters.pretrain.schedules import at, scaled_rate, warmup_cosine
+from dino_adapters.pretrain.schedules import scaled_rate, warmup_cosine
 
 from ..case import Case, Settings
-from ..tables import RULES, block_tables, old_tables
+from ..tables import RULES, at, block_tables, old_tables
 
 EXACT = 1e-12
 """The case allows rounding of float64 only."""
