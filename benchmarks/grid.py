@@ -19,6 +19,17 @@ from dino_adapters.measure import balanced_accuracy, mean_interval, paired_inter
 from dino_adapters.runtime.files import write_json
 
 Row = dict[str, Any]
+FEW_IMAGES: dict[str, dict[str, Any]] = {
+    "objective": {
+        "prototypes": 256,
+        "hidden_dim": 256,
+        "bottleneck_dim": 64,
+        "prototype_norm": 1.0,
+        "teacher_temperature": (0.04, 0.04),
+    },
+    "optim": {"lr": 1e-3},
+}
+"""Settings with which a micro ViT learns something in hundreds of steps on hundreds of images."""
 NOT_SETTINGS = ("out", "seeds", "jobs", "variants")
 """Arguments that say which runs are made, and not what a run is."""
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from grid import Row, collect, knn, markdown, mean_cell, paired_cell, parser, values
+from grid import FEW_IMAGES, Row, collect, knn, markdown, mean_cell, paired_cell, parser, values
 
 from dino_adapters.backbones import load_backbone
 from dino_adapters.data import ImageSource, Split, load_source, read_split
@@ -48,13 +48,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dinov3_none": {"objective": {"regularizer": "none"}},
 }
 """What differs from the small run of `start`, which is DINOv3's objective."""
-FEW_IMAGES: dict[str, Any] = {
-    "prototypes": 256,
-    "hidden_dim": 256,
-    "bottleneck_dim": 64,
-    "teacher_temperature": (0.04, 0.04),
-}
-"""Settings with which a micro ViT learns something in hundreds of steps on hundreds of images."""
 UNTRAINED, STATISTICS, REFERENCE = "untrained", "image statistics", "dinov3"
 METRICS = {"knn": "k-NN", "few": "5-shot nearest mean"}
 
@@ -86,8 +79,8 @@ def recipe_of(arguments: argparse.Namespace, name: str, seed: int) -> PretrainRe
     plan = scratch_plan(data, arguments.split, side=128, steps=arguments.steps, seed=seed)
     shared = plan.changed(
         {
-            "objective": FEW_IMAGES,
-            "optim": {"batch_size": arguments.batch, "lr": 1e-3},
+            **FEW_IMAGES,
+            "optim": {**FEW_IMAGES["optim"], "batch_size": arguments.batch},
             "checkpoint": {"snapshots": 0},
             "device": arguments.device,
         }

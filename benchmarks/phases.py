@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from grid import Row, collect, knn, markdown, mean_cell, paired_cell, parser, values
+from grid import FEW_IMAGES, Row, collect, knn, markdown, mean_cell, paired_cell, parser, values
 from PIL import Image
 from torch import Tensor
 
@@ -55,7 +55,7 @@ def main(words: Sequence[str] | None = None) -> None:
     reader = parser(__doc__ or "")
     reader.formatter_class = argparse.RawDescriptionHelpFormatter
     reader.add_argument("--table", type=Path, required=True, help="CSV of images, masks, splits")
-    reader.add_argument("--steps", type=int, nargs="+", default=[250, 100, 60, 200])
+    reader.add_argument("--steps", type=int, nargs="+", default=[500, 200, 100, 300])
     reader.add_argument("--size", type=int, default=96, help="side in pixels to read at")
     reader.add_argument("--bank", type=int, default=40, help="training images that vote on patches")
     reader.add_argument("--rarest", type=int, default=10, help="images of a class that is counted")
@@ -74,7 +74,8 @@ def base_recipe(arguments: argparse.Namespace, seed: int) -> PretrainRecipe:
     plan = scratch_plan(data, arguments.table, side=120, steps=arguments.steps[0], seed=seed)
     return plan.changed(
         {
-            "optim": {"batch_size": arguments.batch},
+            **FEW_IMAGES,
+            "optim": {**FEW_IMAGES["optim"], "batch_size": arguments.batch},
             "checkpoint": {"snapshots": 0},
             "device": arguments.device,
         }
@@ -90,7 +91,13 @@ def chain(arguments: argparse.Namespace, seed: int, *, gram: bool) -> PretrainRe
     ]
     phases: list[dict[str, Any]] = [
         {"name": "pretrain", "steps": first},
-        {"name": "refine", "start": "state", "steps": second, "optim": {"lr": 1e-3}},
+        {
+            "name": "refine",
+            "start": "state",
+            "steps": second,
+            "optim": {"lr": 5e-4},
+            "schedule": {"warmup": 0.0, "freeze_last_layer": 0.0},
+        },
         {
             "name": "highres",
             "start": "teacher",
