@@ -142,15 +142,16 @@ def assemble(
         CheckpointError: the run in the folder was told, or fed, something else.
     """
     import_modules(recipe.imports)
+    told = recipe.model_dump(mode="json")
     device = pick_device(recipe.device)
+    going_on = resume and folder.holds_a_run
+    saved = checkpoints(folder.checkpoints) if going_on else []
+    recipe = settle_precision(recipe, device, saved[-1] if saved else None)
     notices = Notices() if notices is None else notices
     intake = Intake(load_source(recipe.data, notices=notices), recipe, notices)
     learner, infos = make_learner(recipe, intake, origin, device, notices)
     info = infos[""]
-    inputs = describe_inputs(intake, info)
-
-    told = recipe.model_dump(mode="json")
-    going_on = resume and folder.holds_a_run
+    inputs = describe_inputs(intake, info) | {"precision": recipe.precision}
     if resume and not going_on and not origin.phased:
         LOGGER.warning("%s holds no run to resume: starting with the first step.", folder.path)
     if going_on:
@@ -175,7 +176,6 @@ def assemble(
     views = MultiCrop(recipe.crops, info)
     optimizer = make_optimizer(learner, recipe)
     run = Run(recipe, learner, infos, optimizer, feed, views, progress, notices, inputs)
-    saved = checkpoints(folder.checkpoints) if going_on else []
     if saved:
         check_same_inputs(saved[-1], fed(saved[-1]), inputs)
         run.progress = load_checkpoint(saved[-1], learner, run.optimizer)
@@ -188,6 +188,19 @@ def assemble(
         LOGGER.info("%s", intake.size_note)
     announce(run)
     return run
+
+
+def settle_precision(
+    recipe: PretrainRecipe, device: torch.device, saved: Path | None
+) -> PretrainRecipe:
+    """The recipe with `precision=auto` settled: by the device, or as the saved state was made."""
+    if recipe.precision != "auto":
+        return recipe
+    settled = "bf16" if device.type == "cuda" else "fp32"
+    if saved is not None and (before := fed(saved).get("precision", settled)) != settled:
+        LOGGER.warning("precision stays %s, as this run began on another device.", before)
+        settled = before
+    return recipe.model_copy(update={"precision": settled})
 
 
 def make_optimizer(learner: Learner, recipe: PretrainRecipe) -> torch.optim.Optimizer:

@@ -36,7 +36,7 @@ def make_learner(
     Raises:
         RecipeError, WeightsError, ShapeError: a network cannot be had, or does not fit the others.
     """
-    bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and device.type == "cuda")
+    bf16 = recipe.precision == "bf16"
     if recipe.distill is not None:
         return _distillation(recipe, recipe.distill, intake, origin, device, bf16, notices)
     network, info = make_network(recipe, intake, origin, notices)
@@ -58,7 +58,8 @@ def make_learner(
     if origin.start == "teacher" and previous is not None:
         export = str(previous.export)
         if has_heads(export):
-            ready = with_heads(network, info, export, learner.objective).state_dict()
+            trained = with_heads(network, info, export, learner.objective)
+            ready = trained.networks.state_dict()
             try:
                 learner.student.load_state_dict(ready)
             except RuntimeError as error:
@@ -68,6 +69,7 @@ def make_learner(
                     "were when these heads were trained."
                 ) from error
             learner.teacher.load_state_dict(ready)
+            learner.balance.start(trained.centers, device)
         else:
             LOGGER.warning("The phase before left no heads: they start at random.")
     return learner, {"": info}
@@ -146,8 +148,10 @@ def _distillation(
             info.name,
         )
         return FeatureDistillation(teacher, backbones, **told), infos
-    networks = with_heads(teacher, info, source, recipe.objective)
-    return Distillation(networks, backbones, recipe.objective, **told), infos
+    trained = with_heads(teacher, info, source, recipe.objective)
+    learner = Distillation(trained.networks, backbones, recipe.objective, **told)
+    learner.balance.start(trained.centers, device)
+    return learner, infos
 
 
 def _student(

@@ -11,7 +11,7 @@ from dino_adapters.backbones import export_backbone
 from dino_adapters.contracts import BackboneInfo
 from dino_adapters.pretrain.distill import FeatureDistillation
 from dino_adapters.pretrain.learner import Learner
-from dino_adapters.pretrain.origin import HEADS, heads_of
+from dino_adapters.pretrain.origin import HEADS
 from dino_adapters.pretrain.sizes import all_sizes
 from dino_adapters.recipes.pretrain import PretrainRecipe
 from dino_adapters.runtime.files import replace_folder
@@ -38,6 +38,8 @@ def export_averages(
     coarsest = max(info.patch_size for info in infos.values())
     largest = max(sizes.global_size for sizes in all_sizes(recipe))
     told = recipe.model_dump(mode="json", exclude={"data": {"source", "labels"}, "split": True})
+    # As trained: a network without mask tokens has no iBOT, whatever the recipe says.
+    objective = told["objective"] | ({} if learner.with_ibot else {"ibot_weight": 0.0})
     for name, networks in learner.averages.items():
         info, distill = infos[name], recipe.distill
         training: dict[str, Any] = {
@@ -45,7 +47,7 @@ def export_averages(
             "start": recipe.model.source if distill is None else distill.students[name].source,
             "started_from": dict(info.training),
             **said,
-            "recipe": told,
+            "recipe": told | {"objective": objective},
         }
         now = replace(
             info,
@@ -53,7 +55,7 @@ def export_averages(
             training=training,
             untrained_bands=() if said.get("steps") else info.untrained_bands,
         )
-        heads = heads_of(networks)
+        heads = learner.heads(name)
         export_backbone(
             networks["backbone"],
             now,

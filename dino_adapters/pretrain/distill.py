@@ -24,6 +24,8 @@ from dino_adapters.pretrain.objective import (
     Learning,
     Losses,
     Teaching,
+    Tensors,
+    heads_of,
     learn,
     make_networks,
     teach,
@@ -122,6 +124,10 @@ class Distillation:
         for name, average in self.averages.items():
             move_average(average, self.students[name], knobs.momentum)
 
+    def heads(self, name: str) -> Tensors:
+        """The student's heads; centres are the teacher's and stay with it."""
+        return heads_of(self.averages[name])
+
     def state(self) -> dict[str, Any]:
         """Students, their averages and centres; the teacher never changes."""
         return states(self.students, self.averages) | {"centers": dict(self.balance.centers)}
@@ -129,7 +135,7 @@ class Distillation:
     def load_state(self, state: dict[str, Any]) -> None:
         """Restores `state()` in place."""
         load_states(state, self.students, self.averages)
-        self.balance.centers = {k: v.to(self.device) for k, v in state["centers"].items()}
+        self.balance.start(state["centers"], self.device)
 
 
 class FeatureDistillation:
@@ -207,6 +213,10 @@ class FeatureDistillation:
         self._next = {}
         for name, average in self.averages.items():
             move_average(average, self.students[name], knobs.momentum)
+
+    def heads(self, name: str) -> Tensors:
+        """None: the linear maps serve this teacher's features alone."""
+        return {}
 
     def state(self) -> dict[str, Any]:
         """Students, their averages and the teacher's statistics."""

@@ -18,6 +18,8 @@ from dino_adapters.pretrain.objective import (
     Learning,
     Losses,
     Teaching,
+    Tensors,
+    heads_of,
     learn,
     make_networks,
     teach,
@@ -48,6 +50,10 @@ class Learner(Protocol):
 
     def after(self, knobs: Knobs) -> None:
         """What happens once the optimiser has stepped: moving average, then Gram refresh."""
+        ...
+
+    def heads(self, name: str) -> Tensors:
+        """What is delivered beside the average of this name: its heads; empty without any."""
         ...
 
     def state(self) -> dict[str, Any]:
@@ -149,6 +155,10 @@ class SelfDistillation:
         if self.gram is not None:
             self.gram.after(knobs.step)
 
+    def heads(self, name: str) -> Tensors:
+        """The teacher's heads, with the centres of its targets."""
+        return heads_of(self.averages[name], self.balance.centers)
+
     def state(self) -> dict[str, Any]:
         """All tensors that training changes."""
         state: dict[str, Any] = {
@@ -164,7 +174,7 @@ class SelfDistillation:
         """Restores `state()` in place; a Gram teacher only where both have one."""
         self.student.load_state_dict(state["student"])
         self.teacher.load_state_dict(state["teacher"])
-        self.balance.centers = {k: v.to(self.device) for k, v in state["centers"].items()}
+        self.balance.start(state["centers"], self.device)
         if self.gram is not None and self.gram.network is not None and "gram" in state:
             self.gram.network.load_state_dict(state["gram"])
 

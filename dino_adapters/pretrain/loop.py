@@ -84,7 +84,8 @@ def train(
                 shown.step(note=f"loss {losses.total.item():.3f}")
 
         seconds = time.monotonic() - started
-        keep_state(run, folder, Progress(recipe.steps, seconds))
+        if left:
+            keep_state(run, folder, Progress(recipe.steps, seconds))
         LOGGER.info("%d steps in %s", recipe.steps, duration(seconds))
         if not origin.phased:  # a run of several phases says it once, at its end
             for line in run.notices.summary():

@@ -9,6 +9,7 @@ them, `terms` compares the two. L_Gram is added by `learner.SelfDistillation`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -25,6 +26,9 @@ from dino_adapters.pretrain.regularizers import kde_loss, sigreg_loss
 from dino_adapters.pretrain.targets import sinkhorn_knopp, softmax_centering, update_center
 from dino_adapters.recipes.sections import ObjectiveRecipe
 from dino_adapters.runtime.chance import generator
+
+Tensors = dict[str, Tensor]
+CENTER = "center."
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +124,17 @@ def ibot_head(networks: nn.ModuleDict) -> nn.Module:
     return networks["ibot_head" if "ibot_head" in networks else "dino_head"]
 
 
+def heads_of(networks: nn.ModuleDict, centers: Mapping[str, Tensor] | None = None) -> Tensors:
+    """Tensors of the heads, `HEAD.NAME`, and of the centres, `center.TERM`, for one file."""
+    found = {
+        f"{name}.{key}": tensor
+        for name, module in networks.items()
+        if name.endswith("_head")
+        for key, tensor in module.state_dict().items()
+    }
+    return found | {f"{CENTER}{term}": center for term, center in (centers or {}).items()}
+
+
 class Balance:
     """Turns the teacher's scores into targets, by Sinkhorn-Knopp or about a moving centre.
 
@@ -143,6 +158,11 @@ class Balance:
         targets = softmax_centering(logits, center, temperature=temperature)
         self._next[term] = update_center(center, logits, momentum=o.center_momentum)
         return targets
+
+    def start(self, centers: Mapping[str, Tensor], device: torch.device) -> None:
+        """Begins from these centres, where targets are centred at all."""
+        if self.objective.centering == "softmax":
+            self.centers = {term: center.to(device) for term, center in centers.items()}
 
     def move(self) -> None:
         """Moves the centres; after the step, so that a step which is refused leaves them alone."""

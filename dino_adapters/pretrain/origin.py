@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from dino_adapters.backbones import build_network
 from dino_adapters.contracts import BackboneInfo, RecipeError, WeightsError
-from dino_adapters.pretrain.objective import make_networks
+from dino_adapters.pretrain.objective import CENTER, Tensors, make_networks
 from dino_adapters.recipes.sections import GramRecipe, ObjectiveRecipe
 from dino_adapters.runtime.console import Notices
 from dino_adapters.runtime.runfolder import RunFolder
@@ -70,24 +71,27 @@ def snapshot_folder(folder: RunFolder, step: int) -> Path:
     return folder.path / "snapshots" / f"step_{step:08d}"
 
 
-def heads_of(networks: nn.ModuleDict) -> dict[str, Tensor]:
-    """Tensors of the heads, `HEAD.NAME`, for a file beside the backbone's."""
-    return {
-        f"{name}.{key}": tensor
-        for name, module in networks.items()
-        if name.endswith("_head")
-        for key, tensor in module.state_dict().items()
-    }
-
-
 def has_heads(export: str) -> bool:
     """Whether an export holds the heads that it was trained with."""
     return (Path(export) / HEADS).is_file()
 
 
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A trained network as it was exported.
+
+    Attributes:
+        networks: the backbone with the heads that lay beside it.
+        centers: of its targets, by term; empty unless they were centred.
+    """
+
+    networks: nn.ModuleDict
+    centers: Tensors
+
+
 def with_heads(
     backbone: nn.Module, info: BackboneInfo, export: str, wanted: ObjectiveRecipe
-) -> nn.ModuleDict:
+) -> Trained:
     """A backbone with the heads that lie beside it.
 
     Args:
@@ -97,41 +101,53 @@ def with_heads(
         wanted: the objective that will use them.
 
     Raises:
-        RecipeError: the objective wants other prototypes than the heads have.
-        WeightsError: the file of the heads is damaged.
+        RecipeError: the objective wants other prototypes than the heads have, or iBOT of a network
+            that was trained without.
+        WeightsError: the heads are damaged, or not those that the card describes.
     """
-    told = dict(info.training).get("recipe", {}).get("objective", {})
-    made = ObjectiveRecipe.model_validate(told)
+    try:
+        told = dict(info.training)["recipe"]["objective"]
+        made = ObjectiveRecipe.model_validate(told)
+    except (KeyError, TypeError, ValidationError) as error:
+        raise WeightsError(
+            f"The card in {export} does not tell how the heads beside it are built. Take an export "
+            f"of a run of this version, or remove {HEADS} from the folder to go without."
+        ) from error
     ours, theirs = (
         (o.prototypes, (None if o.shared_head else o.ibot_prototypes) or o.prototypes)
         for o in (wanted, made)
     )
-    asks_ibot = wanted.ibot_weight > 0
+    asks_ibot, had_ibot = wanted.ibot_weight > 0, made.ibot_weight > 0
+    if asks_ibot and not had_ibot:
+        raise RecipeError(
+            f"The network in {export} was trained without iBOT, so it has no head for it. Set "
+            "objective.ibot_weight=0."
+        )
     if ours[0] != theirs[0] or (asks_ibot and ours[1] != theirs[1]):
         raise RecipeError(
             f"The heads in {export} have {theirs[0]} and {theirs[1]} prototypes (DINO, iBOT) and "
             f"the recipe wants {ours[0]} and {ours[1]}. Set objective.prototypes, "
             "objective.ibot_prototypes and objective.shared_head as theirs were."
         )
+    built = make_networks(backbone, made, seed=0)
     try:
         tensors = load_file(Path(export) / HEADS)
-    except (OSError, SafetensorError) as error:
+        centers = {
+            key.removeprefix(CENTER): tensors.pop(key)
+            for key in list(tensors)
+            if key.startswith(CENTER)
+        }
+        own = {f"backbone.{key}": tensor for key, tensor in backbone.state_dict().items()}
+        built.load_state_dict(own | tensors)
+    except (OSError, SafetensorError, RuntimeError) as error:
         raise WeightsError(
-            f"The heads in {export} cannot be read ({error}). Export that run again."
+            f"The heads in {export} cannot be read, or are not those of its card "
+            f"({type(error).__name__}). Export that run again."
         ) from error
-    held = any(key.startswith("ibot_head.") for key in tensors)
-    if asks_ibot and not (held or made.shared_head):
-        raise RecipeError(
-            f"The network in {export} was trained without iBOT, so it has no head for it. Set "
-            "objective.ibot_weight=0."
-        )
-    built = make_networks(
-        backbone, made.model_copy(update={"ibot_weight": 1.0 if held else 0.0}), seed=0
-    )
-    built.load_state_dict({f"backbone.{k}": v for k, v in backbone.state_dict().items()} | tensors)
-    if not asks_ibot and held:
+    if not asks_ibot and "ibot_head" in built:
         del built["ibot_head"]
-    return built
+        centers.pop("ibot", None)
+    return Trained(built, centers)
 
 
 def gram_network(

@@ -21,6 +21,7 @@ from dino_adapters.pretrain.origin import Origin, snapshot_folder
 from dino_adapters.pretrain.resume import check_same_run
 from dino_adapters.pretrain.sizes import snapshot_steps
 from dino_adapters.recipes.pretrain import PhaseRecipe, PretrainRecipe
+from dino_adapters.recipes.sections import ModelRecipe
 from dino_adapters.runtime.console import Notices
 from dino_adapters.runtime.runfolder import RunFolder
 
@@ -60,6 +61,7 @@ def pretrain(
         NotFiniteError: a loss or gradient was not finite; nothing of that step was applied.
     """
     notices = Notices() if notices is None else notices
+    refuse_unread_model(recipe)
     if not recipe.phases:
         return train(
             recipe,
@@ -126,6 +128,20 @@ def check_phases(recipe: PretrainRecipe, notices: Notices) -> None:
                 reason = str(error).replace(f"{folder}/", "")
                 raise RecipeError(f"Phase {phase.name}: {reason}") from error
             earlier, before = earlier | {phase.name: part}, (plan, learner)
+
+
+def refuse_unread_model(recipe: PretrainRecipe) -> None:
+    """Refuses a network that is named where nothing but a distillation runs.
+
+    Raises:
+        RecipeError: with the setting.
+    """
+    plans = [plan for _, plan in recipe.plans()] or [recipe]
+    if recipe.model != ModelRecipe() and all(plan.distill is not None for plan in plans):
+        raise RecipeError(
+            f"model is given ({recipe.model.source}), and a distillation reads distill.students "
+            "instead. Leave model out, or name the network as a student."
+        )
 
 
 def refuse_unread(phase: PhaseRecipe) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ FREE = frozenset(
     {"data.workers", "data.memory_gb", "device", "checkpoint.every_steps", "checkpoint.keep"}
 )
 SHOWN = 6
+PHASE = re.compile(r"^phases\.\d+\.")
 
 
 def describe_inputs(intake: Intake, info: BackboneInfo) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def check_same_run(folder: RunFolder, recipe: dict[str, Any]) -> None:
     changed = [
         f"{key}: {before.get(key)} -> {now.get(key)}"
         for key in sorted(before.keys() | now.keys())
-        if key not in FREE and before.get(key) != now.get(key)
+        if PHASE.sub("", key) not in FREE and before.get(key) != now.get(key)
     ]
     if changed:
         raise CheckpointError(
@@ -67,7 +69,9 @@ def check_same_inputs(checkpoint: Path, before: dict[str, Any], now: dict[str, A
 
 
 def flatten(value: Any, path: str = "") -> dict[str, Any]:
-    """Nested settings as `a.b.c` -> value."""
+    """Nested settings as `a.b.c` -> value; entries of a list of tables by their number."""
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        value = {str(index): item for index, item in enumerate(value)}
     if not isinstance(value, dict):
         return {path: value}
     flat: dict[str, Any] = {}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails
 
 from dino_adapters.recipes.data import DataRecipe
 from dino_adapters.recipes.sections import (
@@ -41,8 +42,9 @@ class PhaseRecipe(Section):
     """Changes to the recipe's section of this name."""
     objective: dict[str, Any] = Field(default_factory=dict)
     """Changes to the recipe's section of this name."""
-    gram: dict[str, Any] | None = None
-    """Changes to the recipe's section of this name; given, even empty, it turns Gram on."""
+    gram: dict[str, Any] | Literal[False] | None = None
+    """Changes to the recipe's section of this name; given, even empty, it turns Gram on. False
+    turns off the recipe's."""
     distill: dict[str, Any] | None = None
     """Makes this phase a distillation."""
     optim: dict[str, Any] = Field(default_factory=dict)
@@ -96,7 +98,7 @@ class PretrainRecipe(Section):
         if self.gram is not None and self.distill is not None:
             raise ValueError(
                 "gram and distill are both given, and a distillation has no Gram term. Take one "
-                "of them out, or make two phases"
+                "of them out; in phases, set gram=False in the distillation"
             )
         self._check_gram()
         self._check_koleo()
@@ -140,6 +142,8 @@ class PretrainRecipe(Section):
     def changed(self, changes: Mapping[str, Any]) -> PretrainRecipe:
         """This recipe with changes written over it, those of a section over that section.
 
+        A table inside a section, such as `model.architecture`, is replaced as a whole.
+
         Raises:
             pydantic.ValidationError: a change names a setting that does not exist, or misfits.
         """
@@ -164,7 +168,26 @@ class PretrainRecipe(Section):
         plans = []
         for index, phase in enumerate(self.phases):
             changes = phase.model_dump(exclude={"name", "start"}, exclude_none=True)
+            if phase.gram is False:
+                changes["gram"] = None
             if index:
                 changes["seed"] = derive(self.seed, "phase", index)
-            plans.append((phase, base.changed(changes)))
+            try:
+                plans.append((phase, base.changed(changes)))
+            except ValidationError as error:
+                raise _inside(error, "phases", phase.name) from None
         return tuple(plans)
+
+
+def _inside(error: ValidationError, *place: str) -> ValidationError:
+    """The same errors, found in a part of a recipe."""
+    lines: list[InitErrorDetails] = [
+        {
+            "type": details["type"],
+            "loc": (*place, *details["loc"]),
+            "input": details["input"],
+            "ctx": details.get("ctx", {}),
+        }
+        for details in error.errors()
+    ]
+    return ValidationError.from_exception_data(error.title, lines)

@@ -261,15 +261,22 @@ def _explain(details: Mapping[str, Any], kind: type[BaseModel]) -> str:
 
 
 def _model_at(kind: type[BaseModel], names: Sequence[str]) -> type[BaseModel] | None:
-    """The section at a path of names, or None; in a list or table of sections, of its entries."""
-    entry = False
+    """The section at a path of names, or None; in a list or table of sections, of its entries.
+
+    Phases change sections of the recipe around them, under the same names.
+    """
+    entry, whole = False, kind
     for name in names:
         if entry:
             entry = False
             continue
         field = kind.model_fields.get(name)
-        section = _section(field.annotation) if field is not None else None
-        if field is None or section is None:
+        if field is None:
+            return None
+        section = _section(field.annotation)
+        if section is None and (outer := whole.model_fields.get(name)) is not None:
+            section = _section(outer.annotation)
+        if section is None:
             return None
         entry = get_origin(field.annotation) in (tuple, list, dict)
         kind = section

@@ -43,6 +43,8 @@ def tiny(photographs):
 
     def make(**changes):
         told = merged(TINY, {"data": {"source": str(photographs)}})
+        if "distill" in changes and "model" not in changes:
+            del told["model"]
         return PretrainRecipe.model_validate(merged(told, changes))
 
     return make

@@ -21,6 +21,7 @@ from dino_adapters.contracts import (
 )
 from dino_adapters.pretrain import loop, pretrain
 from dino_adapters.pretrain.checkpoint import checkpoints
+from dino_adapters.pretrain.learner import SelfDistillation
 from dino_adapters.recipes.sections import ModelRecipe
 from dino_adapters.runtime.runfolder import RunFolder
 
@@ -109,6 +110,31 @@ def test_resume_under_another_recipe_names_the_difference(tiny, tmp_path):
     pretrain(tiny(), folder, quiet=True)
     with pytest.raises(CheckpointError, match=r"optim\.lr: 0\.001 -> 0\.5"):
         pretrain(tiny(optim={"lr": 0.5}), folder, resume=True, quiet=True)
+
+
+def test_a_finished_run_is_left_as_it_is(tiny, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    pretrain(tiny(), folder, quiet=True)
+    state = folder.checkpoints / "step_00000006" / "state.pt"
+    before = state.stat()
+    pretrain(tiny(), folder, resume=True, quiet=True)
+    assert (state.stat().st_mtime_ns, state.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+
+
+def test_the_precision_of_the_device_is_settled_once(tiny, tmp_path, caplog):
+    """As a run on CUDA that goes on on a CPU: `auto` must not change its arithmetic."""
+    folder = RunFolder(tmp_path / "run")
+    pretrain(tiny(steps=2, precision="auto"), folder, quiet=True)
+    meta = folder.checkpoints / "step_00000002" / "meta.json"
+    told = json.loads(meta.read_text())
+    assert told["inputs"]["precision"] == "fp32"
+    told["inputs"]["precision"] = "bf16"
+    meta.write_text(json.dumps(told))
+    run = loop.assemble(tiny(steps=2), folder, resume=True)
+    assert run.recipe.precision == "bf16"
+    assert isinstance(run.learner, SelfDistillation)
+    assert run.learner.bf16
+    assert "precision stays bf16" in caplog.text
 
 
 def test_a_damaged_checkpoint_is_refused_with_its_name(tiny, tmp_path):

@@ -9,13 +9,19 @@ import torch
 from safetensors.torch import load_file
 
 from dino_adapters.backbones import load_backbone
-from dino_adapters.contracts import DinoAdaptersError, RecipeError
+from dino_adapters.contracts import (
+    CheckpointError,
+    DinoAdaptersError,
+    RecipeError,
+    WeightsError,
+)
 from dino_adapters.pretrain import phases, pretrain
 from dino_adapters.pretrain.assemble import assemble
+from dino_adapters.pretrain.distill import Distillation
 from dino_adapters.pretrain.learner import SelfDistillation
 from dino_adapters.pretrain.loop import one_step
 from dino_adapters.pretrain.optim import Timetable
-from dino_adapters.pretrain.origin import Origin
+from dino_adapters.pretrain.origin import FRESH, Origin
 from dino_adapters.recipes.pretrain import PretrainRecipe
 from dino_adapters.recipes.read import read_recipe
 from dino_adapters.runtime.runfolder import RunFolder
@@ -335,8 +341,14 @@ def test_a_gram_teacher_of_another_width_is_refused_with_its_phase(tiny, tmp_pat
     [
         (r"gram and distill are both given", [second(gram={}, distill={"students": {"s": VIT}})]),
         (r"The phases are called first, first\. Give each its own name", [FIRST]),
-        (r"no setting 'optim\.lrr'\. Did you mean 'lr'\?", [second(optim={"lrr": 1.0})]),
-        (r"no setting 'gram\.teachr'\. Did you mean 'teacher'\?", [second(gram={"teachr": "x"})]),
+        (
+            r"no setting 'phases\.second\.optim\.lrr'\. Did you mean 'lr'\?",
+            [second(optim={"lrr": 1.0})],
+        ),
+        (
+            r"no setting 'phases\.second\.gram\.teachr'\. Did you mean 'teacher'\?",
+            [second(gram={"teachr": "x"})],
+        ),
         (r"no setting 'phases\.1\.optm'\. Did you mean 'optim'\?", [second(optm={"lr": 1.0})]),
     ],
 )
@@ -345,3 +357,89 @@ def test_recipes_of_phases_are_checked_when_they_are_read(tmp_path, sentence, to
     file.write_text(json.dumps({"data": {"source": "x"}, "phases": [FIRST, *told]}))
     with pytest.raises(RecipeError, match=sentence):
         read_recipe(file, PretrainRecipe, [])
+
+
+def test_a_phase_turns_the_gram_term_of_the_recipe_off(tiny, tmp_path):
+    gram = {"teacher": "ema", "weight": 3.0}
+    told = tiny(gram=gram, phases=[FIRST, second(gram=False), {"name": "third", "gram": {}}])
+    weights = [plan.gram and plan.gram.weight for _, plan in told.plans()]
+    assert weights == [3.0, None, 3.0]
+    students = {"students": {"s": VIT}}
+    told = tiny(gram=gram, steps=1, phases=[FIRST, second(gram=False, distill=students)])
+    folder = RunFolder(tmp_path / "run")
+    pretrain(told, folder, quiet=True)
+    assert "gram" in part(folder, "first").rows()[0]
+
+
+def test_a_network_that_only_a_distillation_could_read_is_refused(tiny, tmp_path):
+    sentence = r"model is given \(vitmicro8\), and a distillation reads distill.students"
+    distill = {"students": {"s": VIT}}
+    refused(tiny, tmp_path, sentence, second(distill=distill))
+    refused(tiny, tmp_path, sentence, model=tiny().model.model_dump(), distill=distill)
+
+
+def test_how_states_are_kept_may_change_inside_a_phase(tiny, tmp_path):
+    def recipe(**checkpoint):
+        return tiny(phases=[FIRST | {"checkpoint": checkpoint}], steps=1)
+
+    folder = RunFolder(tmp_path / "run")
+    pretrain(recipe(every_steps=3), folder, quiet=True)
+    pretrain(recipe(every_steps=4, keep=1), folder, resume=True, quiet=True)
+    with pytest.raises(CheckpointError, match=r"phases\.0\.checkpoint\.snapshots: None -> 1"):
+        pretrain(recipe(every_steps=4, snapshots=1), folder, resume=True, quiet=True)
+
+
+@pytest.mark.parametrize("kind", ["teacher", "distill"])
+def test_centres_of_the_targets_travel_with_the_heads(tiny, tmp_path, kind):
+    objective = {"centering": "softmax"}
+    folder = RunFolder(tmp_path / "first")
+    export = pretrain(tiny(objective=objective, steps=2), folder, quiet=True)
+    kept = state(folder, 2)["learner"]["centers"]
+    assert set(kept) == {"dino", "ibot"}
+    if kind == "teacher":
+        origin, more = Origin("teacher", {"first": folder}), {}
+    else:
+        origin, more = FRESH, {"distill": {"teacher": str(export), "students": {"s": VIT}}}
+    for wanted, centering in ((kept, "softmax"), ({}, "sinkhorn")):
+        plan = tiny(objective={"centering": centering}, **more)
+        run = assemble(plan, RunFolder(tmp_path / centering), resume=False, origin=origin)
+        assert isinstance(run.learner, SelfDistillation | Distillation)
+        assert same(run.learner.balance.centers, wanted)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_teacher_without_ibot_cannot_teach_it(tiny, tmp_path, shared):
+    objective = {"shared_head": shared, "ibot_weight": 0.0}
+    export = pretrain(tiny(objective=objective, steps=1), RunFolder(tmp_path / "a"), quiet=True)
+    distill = {"teacher": str(export), "students": {"s": VIT}}
+    plan = tiny(objective={"shared_head": shared}, distill=distill)
+    with pytest.raises(RecipeError, match=r"trained without iBOT.* Set objective.ibot_weight=0"):
+        assemble(plan, RunFolder(tmp_path / "b"), resume=False)
+    assemble(tiny(objective=objective, distill=distill), RunFolder(tmp_path / "b"), resume=False)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "spoil"),
+    [
+        (
+            "card in .* does not tell how the heads",
+            lambda card: card["info"]["training"].pop("recipe"),
+        ),
+        (
+            "card in .* does not tell how the heads",
+            lambda card: card["info"]["training"]["recipe"]["objective"].update(hidden=3),
+        ),
+        (
+            r"heads in .* cannot be read, or are not those of its card \(RuntimeError\)",
+            lambda card: card["info"]["training"]["recipe"]["objective"].update(hidden_dim=3),
+        ),
+    ],
+)
+def test_heads_of_another_maker_are_refused_with_a_sentence(tiny, tmp_path, sentence, spoil):
+    export = pretrain(tiny(steps=1), RunFolder(tmp_path / "a"), quiet=True)
+    card = json.loads((export / "card.json").read_text())
+    spoil(card)
+    (export / "card.json").write_text(json.dumps(card))
+    plan = tiny(distill={"teacher": str(export), "students": {"s": VIT}})
+    with pytest.raises(WeightsError, match=sentence):
+        assemble(plan, RunFolder(tmp_path / "b"), resume=False)

@@ -63,8 +63,9 @@ def smaller(recipe: PretrainRecipe, pictures: Path, teacher: Path) -> PretrainRe
         told[name] |= changes
     told["data"]["source"] = str(pictures)
     told |= {"steps": STEPS, "device": "cpu"}
-    make_shallow(told["model"])
-    if told["distill"] is not None:
+    if told["distill"] is None:
+        make_shallow(told["model"])
+    else:
         told["distill"]["teacher"] = str(teacher)
     for part in (told, *told["phases"]):
         for student in ((part["distill"] or {}).get("students") or {}).values():
