@@ -1,4 +1,4 @@
-"""DINO, DINOv2 and DINOv3 side by side: one micro ViT, the same images, steps and seeds.
+"""Objectives of DINO, DINOv2 and DINOv3 side by side: one micro ViT, the same images, steps, seeds.
 
     python benchmarks/methods.py --data DIR --labels folder --split DIR/splits.json --out runs/m
 
@@ -35,7 +35,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "ibot_weight": 0.0,
             "regularizer": "none",
             "weight_norm": "fixed",
-        }
+        },
+        "optim": {"clip_each": "tensor"},
+        "schedule": {"family": "v2"},
     },
     "dinov2": {
         "objective": {"weight_norm": "free"},

@@ -3,7 +3,8 @@
     python benchmarks/phases.py --table DIR/splits.csv --out runs/p
 
 The chain pretrain, refine (with Gram), highres, distill against the same chain without Gram, on one
-pretraining; and the distilled student against the same network trained alone for as many steps.
+pretraining, whose moving average at half of its steps is the first Gram teacher; and the distilled
+student against the same network, from other random weights, trained alone for as many steps.
 The table has the columns image, mask, label and split; masks are read to judge, never to train.
 """
 
@@ -56,7 +57,7 @@ def main(words: Sequence[str] | None = None) -> None:
     reader.formatter_class = argparse.RawDescriptionHelpFormatter
     reader.add_argument("--table", type=Path, required=True, help="CSV of images, masks, splits")
     reader.add_argument("--steps", type=int, nargs="+", default=[500, 200, 100, 300])
-    reader.add_argument("--size", type=int, default=96, help="side in pixels to read at")
+    reader.add_argument("--size", type=int, default=160, help="side in pixels to read at")
     reader.add_argument("--bank", type=int, default=40, help="training images that vote on patches")
     reader.add_argument("--rarest", type=int, default=10, help="images of a class that is counted")
     arguments = reader.parse_args(words)
@@ -89,27 +90,32 @@ def chain(arguments: argparse.Namespace, seed: int, *, gram: bool) -> PretrainRe
         {"global_size": 64, "local_size": 24, "gram_size": 96},
         {"global_size": 96, "local_size": 48, "gram_size": 128, "probability": 0.5},
     ]
+    # Schedules begin anew in every phase, so the later ones hold them still, as DINOv3's do.
+    later = {"lr": 3e-4, "lr_end": 3e-4, "weight_decay": (0.1, 0.1)}
+    still = {"freeze_last_layer": 0.0, "momentum": (0.99, 0.999)}
     phases: list[dict[str, Any]] = [
-        {"name": "pretrain", "steps": first},
+        {"name": "pretrain", "steps": first, "checkpoint": {"snapshots": 1}},
         {
             "name": "refine",
             "start": "state",
             "steps": second,
-            "optim": {"lr": 5e-4},
-            "schedule": {"warmup": 0.0, "freeze_last_layer": 0.0},
+            "optim": later,
+            "schedule": still | {"warmup": 0.0},
         },
         {
             "name": "highres",
             "start": "teacher",
             "steps": third,
-            "optim": {"lr": 5e-4},
+            "optim": later,
+            "schedule": still,
             "crops": {"mixture": mixture},
         },
         {"name": "distill", "steps": fourth, "distill": {"students": {"small": STUDENT}}},
     ]
     if gram:
         refresh = max(second // 3, 1)
-        phases[1]["gram"] = {"teacher": "pretrain", "size": 96, "refresh_every": refresh}
+        half = f"pretrain@{first // 2}"
+        phases[1]["gram"] = {"teacher": half, "size": 96, "refresh_every": refresh}
         phases[2]["gram"] = {"teacher": "refine"}
     return base_recipe(arguments, seed).changed({"phases": phases})
 
@@ -233,7 +239,7 @@ def middle(mask: Tensor) -> Tensor:
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """Means over seeds of every network, then differences on the same seeds."""
+    """Means over seeds of every network, then differences seed by seed."""
     kinds = dict.fromkeys((row["chain"], row["phase"]) for row in rows)
     lines = [
         [chain, phase, *(mean_cell(values(rows, m, chain=chain, phase=phase)) for m in METRICS)]

@@ -11,7 +11,8 @@ The defaults of the original at a batch of 1,024 and 100 passes over ImageNet-1k
 on one device: lower optim.batch_size, the learning rate follows by its rule; for 256 images the
 original advises schedule.momentum=[0.9995,1].
 Not sayable in a recipe: drop path that grows with depth (here the same in all blocks), the blur of
-another library, prototypes frozen without moments of the optimiser, fp16.
+another library, prototypes frozen without moments of the optimiser, weight decay of tokens and
+positions (here they are spared, like all vectors), fp16.
 """
 
 model = dict(source="vits16_dino", drop_path=0.1)
@@ -31,7 +32,6 @@ objective = dict(
     hidden_dim=2048,
     bottleneck_dim=256,
     weight_norm="fixed",
-    prototype_norm=1.0,
     centering="softmax",
     center_momentum=0.9,
     teacher_temperature=(0.04, 0.04),

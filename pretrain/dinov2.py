@@ -11,11 +11,13 @@ Settings of the original's ImageNet-22k files, with a smaller network (the relea
 distilled) and with its feed-forward; drop path 0.1 is our choice (0.4 there). The original's short
 recipe of 125,000 steps differs in these:
     objective.centering=softmax objective.shared_head=true objective.prototypes=65536
-    objective.bottleneck_dim=256 optim.lr=1e-3 optim.layer_decay=0.9 optim.weight_decay=[0.04,0.4]
+    objective.bottleneck_dim=256 objective.ibot_bottleneck_dim=null
+    optim.lr=1e-3 optim.layer_decay=0.9 optim.weight_decay=[0.04,0.4]
     schedule.warmup=0.1 schedule.temperature_warmup=0.3 schedule.freeze_last_layer=0.01
     schedule.momentum=[0.992,1] steps=125000, and patches of 16 px.
 The whole batch is on one device: lower optim.batch_size, the learning rate follows by its rule.
-Not sayable in a recipe: KoLeo and masks per device, fp16.
+Not sayable in a recipe: KoLeo and masks per device, a class token that starts at 1e-6 (here 0.02,
+as all tokens), fp16.
 """
 
 model = dict(source="vits14_dinov2", drop_path=0.1)
@@ -28,7 +30,6 @@ objective = dict(
     bottleneck_dim=384,
     ibot_bottleneck_dim=256,
     weight_norm="free",
-    prototype_norm=1.0,
 )
 optim = dict(
     batch_size=2048,

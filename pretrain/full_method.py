@@ -11,6 +11,9 @@ Reached:  the class-token term ended its first phase at 6.79 of log K = 6.93: it
 For images of about 96 to 128 px. Sizes keep DINOv3's relations: Gram teacher at twice the crops,
 then a mixture of larger crops with the Gram teacher at 1.5 times those. A micro network is
 far too small for dense features to decay; this shows the stages at work, not what they are for.
+The export is the student, half as wide; the network before it is in phases/3_highres/export.
+Steps of one phase: phases.pretrain.steps=1200. Then phases.gram.gram.teacher has to name one of the
+new snapshots, at 1/5, 2/5, ... of the phase: phases.gram.gram.teacher=pretrain@240.
 """
 
 model = dict(source="vitmicro8")
@@ -24,8 +27,15 @@ crops = dict(
     blur_sigma=(0.1, 1.0),
     solarize=0.1,
 )
-# In one run with a rate of 3e-3 and a temperature that rises to 0.07, the term went back to log K.
-objective = dict(prototype_norm=1.0, teacher_temperature=(0.04, 0.04))
+# Few prototypes for few images. With 1,024, a rate of 3e-3 and a temperature that rises to 0.07, the
+# class-token term of one run went back to log K.
+objective = dict(
+    prototypes=256,
+    hidden_dim=256,
+    bottleneck_dim=64,
+    prototype_norm=1.0,
+    teacher_temperature=(0.04, 0.04),
+)
 optim = dict(batch_size=32, lr=1e-3, layer_decay=1.0, weight_decay=(0.04, 0.1))
 checkpoint = dict(every_steps=100)
 phases = [

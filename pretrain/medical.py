@@ -8,7 +8,8 @@ Time:     not measured.
 Reached:  not measured.
 
 Grey images have no hue: the jitter is one of brightness and contrast for them, and files with three
-equal channels stay grey. For 16-bit files give data.value_range, the window that is worth seeing.
+equal channels stay grey. For 16-bit files give data.value_range, the window that is worth seeing. DICOM
+and NIfTI are not read yet: convert to 16-bit PNG or TIFF first.
 Stained slides have colour that means something and no up:
     crops.jitter=0 crops.horizontal_flip=true crops.vertical_flip=true
 Not sayable in a recipe: jitter of brightness and contrast without hue for colour images, jitter of

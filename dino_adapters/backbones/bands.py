@@ -6,6 +6,7 @@ frozen RGB networks with spread filters, 16 lost against plain RGB.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -109,6 +110,7 @@ def band_statistics(
     known: tuple[Sequence[float], Sequence[float]],
     given: tuple[Sequence[float] | None, Sequence[float] | None],
     notices: Notices,
+    trained: bool = False,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per wanted band, of values already mapped to 0..1.
 
@@ -122,6 +124,7 @@ def band_statistics(
         known: Mean and std per band of `have`.
         given: Mean and std per band of `want`, or None.
         notices: Told of bands without measured numbers.
+        trained: Whether the numbers belong to trained weights, so that replacing them is told.
 
     Raises:
         UnitsError: a length is wrong, or a deviation is not positive.
@@ -147,6 +150,20 @@ def band_statistics(
                 unmeasured.add(band.name)
         found.append(tuple(row))
     mean, std = found
+    replaced = [
+        band.name
+        for position, band in enumerate(want)
+        if band.name in index
+        and not all(
+            math.isclose(numbers[index[band.name]], row[position], rel_tol=1e-3)
+            for numbers, row in zip(known, found, strict=True)
+        )
+    ]
+    if trained and replaced:
+        notices.add(
+            "Mean and std that the trained weights knew were replaced by other ones",
+            ", ".join(replaced),
+        )
     if any(not deviation > 0 for deviation in std):
         raise UnitsError(f"std is {std}. Every band needs a number above 0.")
     if unmeasured:

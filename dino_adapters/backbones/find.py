@@ -70,7 +70,8 @@ def find(source: str | os.PathLike[str] | nn.Module, request: Request) -> Found:
     if path.exists():
         request.without_checkpoint(text)
         return _folder(path, request) if path.is_dir() else _file(path, request)
-    if isinstance(source, os.PathLike) or path.suffix in SUFFIXES or text[:1] in (".", "/", "~"):
+    looks_like_path = "/" in text.removeprefix("timm/") or text[:1] in (".", "~")
+    if isinstance(source, os.PathLike) or path.suffix in SUFFIXES or looks_like_path:
         raise WeightsError(f"There is no file or folder {text}. Check the path.")
     return find_timm(text.removeprefix("timm/"), request)
 
@@ -114,10 +115,11 @@ def _folder(folder: Path, request: Request) -> Found:
     if (folder / CARD).is_file():
         return _exported(folder, request)
     if not (folder / "config.json").is_file():
-        raise WeightsError(
-            f"{folder} holds neither {CARD} nor config.json. Name a folder that export wrote, or "
-            "one of timm or transformers."
-        )
+        inside = sorted(card.parent for card in folder.glob(f"*/{CARD}"))
+        hint = "Name a folder that export wrote, or one of timm or transformers."
+        if inside:
+            hint = f"Did you mean {' or '.join(map(str, inside))}?"
+        raise WeightsError(f"{folder} holds neither {CARD} nor config.json. {hint}")
     facts = read_json(folder / "config.json")
     if "model_type" in facts:
         found = _transformers(facts, read_folder(folder), str(folder.resolve()), request)

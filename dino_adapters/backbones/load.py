@@ -103,7 +103,14 @@ def build_network(
     have, want = _have_and_want(found, wanted)
     # A random network has bands of no one; what RGB is known for still holds by name.
     known = RGB if found.bands is None else have
-    statistics = band_statistics(known, want, (found.mean, found.std), (mean, std), notices)
+    statistics = band_statistics(
+        known,
+        want,
+        (found.mean, found.std),
+        (mean, std),
+        notices,
+        trained=found.bands is not None,
+    )
     names = tuple(band.name for band in have), tuple(band.name for band in want)
     spread_now = untrained_names(*names, spread)
     before = found.untrained_bands

@@ -132,7 +132,7 @@ def open_source(
         DataError: nothing is there, nothing there is an image, or a table contradicts itself.
     """
     if str(where).startswith(_UNNAMED):
-        raise DataError("No images were named: add data.source=FOLDER (or --data FOLDER).")
+        raise DataError("No images were named: add data.source=FOLDER.")
     notices = Notices() if notices is None else notices
     readers = _readers(bands, value_range, notices)
     text, path = str(where), Path(where).expanduser()

@@ -42,6 +42,7 @@ from dino_adapters.runtime.runfolder import RunFolder
 from dino_adapters.runtime.world import pick_device
 
 LOGGER = logging.getLogger(__name__)
+NOTHING_TO_RESUME = "%s holds no run to resume: starting with the first step."
 
 
 @dataclass
@@ -146,14 +147,14 @@ def assemble(
     device = pick_device(recipe.device)
     going_on = resume and folder.holds_a_run
     saved = checkpoints(folder.checkpoints) if going_on else []
-    recipe = settle_precision(recipe, device, saved[-1] if saved else None)
+    recipe = settle_precision(recipe, device, saved or earlier_states(origin))
     notices = Notices() if notices is None else notices
     intake = Intake(load_source(recipe.data, notices=notices), recipe, notices)
     learner, infos = make_learner(recipe, intake, origin, device, notices)
     info = infos[""]
     inputs = describe_inputs(intake, info) | {"precision": recipe.precision}
     if resume and not going_on and not origin.phased:
-        LOGGER.warning("%s holds no run to resume: starting with the first step.", folder.path)
+        LOGGER.warning(NOTHING_TO_RESUME, folder.path)
     if going_on:
         check_same_run(folder, told)
     else:
@@ -191,16 +192,21 @@ def assemble(
 
 
 def settle_precision(
-    recipe: PretrainRecipe, device: torch.device, saved: Path | None
+    recipe: PretrainRecipe, device: torch.device, saved: Sequence[Path]
 ) -> PretrainRecipe:
-    """The recipe with `precision=auto` settled: by the device, or as the saved state was made."""
+    """The recipe with `precision=auto` settled: by the device, or as the last state was made."""
     if recipe.precision != "auto":
         return recipe
     settled = "bf16" if device.type == "cuda" else "fp32"
-    if saved is not None and (before := fed(saved).get("precision", settled)) != settled:
+    if saved and (before := fed(saved[-1])["precision"]) != settled:
         LOGGER.warning("precision stays %s, as this run began on another device.", before)
         settled = before
     return recipe.model_copy(update={"precision": settled})
+
+
+def earlier_states(origin: Origin) -> list[Path]:
+    """Saved states of the phase before."""
+    return [] if origin.previous is None else checkpoints(origin.previous.checkpoints)
 
 
 def make_optimizer(learner: Learner, recipe: PretrainRecipe) -> torch.optim.Optimizer:
@@ -242,11 +248,22 @@ def announce(run: Run) -> None:
         LOGGER.warning("%s has no mask token, so it trains without iBOT.", name)
     if run.progress.step:
         LOGGER.info("going on from step %d of %d", run.progress.step, recipe.steps)
+    if recipe.distill is None:
+        start = run.infos[""].training
+        known = "random weights" if start.get("weights") == "random" else "trained weights"
+        LOGGER.info("%s starts from %s", name, known)
+    else:
+        for student, info in run.infos.items():
+            if student:
+                LOGGER.info(
+                    "student %s: %s, %d wide; teacher %s", student, info.name, info.embed_dim, name
+                )
     LOGGER.info(
-        "%d images, %s, %s: %d steps of %d images (%.1f passes), K = %d",
+        "%d images, %s, %s on %s: %d steps of %d images (%.1f passes), K = %d",
         count,
         name,
         method_of(recipe, run.learner),
+        run.learner.device,
         recipe.steps,
         recipe.optim.batch_size,
         recipe.steps * recipe.optim.batch_size / count,

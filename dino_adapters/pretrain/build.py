@@ -15,7 +15,13 @@ from dino_adapters.contracts import BackboneInfo, Network, RecipeError, ShapeErr
 from dino_adapters.pretrain.distill import Distillation, FeatureDistillation
 from dino_adapters.pretrain.intake import Intake
 from dino_adapters.pretrain.learner import Learner, SelfDistillation
-from dino_adapters.pretrain.origin import Origin, gram_network, has_heads, with_heads
+from dino_adapters.pretrain.origin import (
+    Origin,
+    gram_network,
+    has_heads,
+    refuse_untrained,
+    with_heads,
+)
 from dino_adapters.pretrain.sizes import all_sizes
 from dino_adapters.recipes.pretrain import PretrainRecipe
 from dino_adapters.recipes.sections import DistillRecipe, ModelRecipe, StudentRecipe
@@ -54,6 +60,15 @@ def make_learner(
             f"gram.tokens is {recipe.gram.tokens}, and {info.name} trains without masks. Set "
             "gram.tokens=all."
         )
+    gram = recipe.gram
+    if gram is not None and gram.refresh_every is not None and gram.max_refreshes != 0:
+        due = max(gram.first_refresh, gram.refresh_every)
+        if due > recipe.steps:
+            LOGGER.warning(
+                "The Gram teacher is never refreshed: the first time is after step %d of %d.",
+                due,
+                recipe.steps,
+            )
     previous = origin.previous
     if origin.start == "teacher" and previous is not None:
         export = str(previous.export)
@@ -121,9 +136,12 @@ def _distillation(
                 "The first phase is a distillation without a teacher. Set distill.teacher, or let "
                 "another phase come before it."
             )
-        source = str(origin.previous.export)
+        source = list(origin.earlier)[-1]
+    if source.startswith("give "):
+        raise RecipeError("No teacher was named: add distill.teacher=FOLDER/export.")
     source = origin.find(source)
     teacher, info = build_network(source, bands=intake.bands, notices=notices)
+    refuse_untrained("distill.teacher", source, info)
     by_heads = distill.by == "heads" or (distill.by == "auto" and has_heads(source))
     if by_heads and not has_heads(source):
         raise RecipeError(
@@ -204,6 +222,7 @@ def check_crops(
     Raises:
         ShapeError: the network refuses a crop size, or makes another grid of it than the others.
     """
+    own_kind = isinstance(network, VisionTransformer | ConvNeXt)
     sides = set()
     for sizes in all_sizes(recipe):
         sides.add(sizes.global_size)
@@ -221,6 +240,12 @@ def check_crops(
                     f"multiples of {coarsest} px."
                 )
             own = side * info.patch_size // coarsest
+            if own_kind and side % coarsest:
+                below = max(side // coarsest, 1) * coarsest
+                raise ShapeError(
+                    f"A crop size of the recipe is {side} px, and {info.name} has patches of "
+                    f"{info.patch_size} px. Take {below} or {below + coarsest} px."
+                )
             seen = cast(Network, network)(torch.zeros(1, len(info.bands), own, own))
             if seen.grid != (side // coarsest, side // coarsest):
                 raise ShapeError(

@@ -66,8 +66,8 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def fed(path: Path) -> dict[str, Any]:
-    """What the run of a checkpoint was fed."""
-    return json.loads((path / META).read_text(encoding="utf-8")).get("inputs", {})
+    """What the run of a checkpoint was fed, and the precision it was settled on."""
+    return json.loads((path / META).read_text(encoding="utf-8"))["inputs"]
 
 
 def load_checkpoint(path: Path, learner: Learner, optimizer: torch.optim.Optimizer) -> Progress:

@@ -49,8 +49,19 @@ def export_averages(
             **said,
             "recipe": told | {"objective": objective},
         }
+        licence = info.licence
+        if distill is not None:
+            teacher = infos[""]
+            training["teacher"] = {
+                "name": teacher.name,
+                "licence": teacher.licence,
+                "training": dict(teacher.training),
+            }
+            # What binds a teacher's weights may bind what was made from them.
+            licence = teacher.licence if licence in ("none", "") else licence
         now = replace(
             info,
+            licence=licence,
             size=largest * info.patch_size // coarsest,
             training=training,
             untrained_bands=() if said.get("steps") else info.untrained_bands,

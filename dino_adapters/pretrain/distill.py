@@ -32,7 +32,6 @@ from dino_adapters.pretrain.objective import (
     terms,
 )
 from dino_adapters.pretrain.optim import Knobs
-from dino_adapters.pretrain.prototypes import ProjectionHead
 from dino_adapters.recipes.sections import ObjectiveRecipe
 from dino_adapters.runtime.chance import derive, generator
 
@@ -114,8 +113,7 @@ class Distillation:
             with autocast(self.device, self.bf16):
                 seen[name] = learn(networks, own, hide=False)
             check_grids(name, seen[name].grid, teacher.grid)
-            head = cast(ProjectionHead, networks["dino_head"])
-            parts[name] = terms(self.objective, seen[name], teacher, own, knobs, head)
+            parts[name] = terms(self.objective, seen[name], teacher, own, knobs)
         return Lesson(summed(parts), teacher, seen)
 
     def after(self, knobs: Knobs) -> None:
@@ -143,7 +141,7 @@ class FeatureDistillation:
 
     `L = mean (1 - cos(A_cls cls_s, cls_t)) + mean_patches (1 - cos(A_patch p_s, p_t))` with linear
     maps A of each student, against features that are standardised per channel by running
-    statistics, so that no large channel rules (PHI-S, arXiv 2410.01680, takes the same step).
+    statistics, so that no large channel rules (as Theia, arXiv 2407.20179, standardises them).
 
     Args:
         teacher: a frozen network with a feature map.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,6 @@ from dino_adapters.recipes.pretrain import PretrainRecipe
 from dino_adapters.runtime.console import Notices
 
 LOOKS = 64
-MARGIN = 1.25  # images are kept this much larger than a global crop, so that crops can zoom
 
 
 class Intake:
@@ -84,12 +84,14 @@ class Intake:
     def _resolve_side(self, looks: list[Look], recipe: PretrainRecipe) -> int:
         if recipe.data.image_size is not None:
             return recipe.data.image_size
-        wanted = round(MARGIN * largest_side(recipe))
+        # So large that the smallest share of an image still fills the largest crop with pixels.
+        wanted = math.ceil(largest_side(recipe) / math.sqrt(recipe.crops.global_scale[0]))
         there = int(statistics.median(look.side for look in looks))
         side = min(wanted, there)
         self.size_note = (
-            f"images are read at {side} px: 1.25 of the largest crop are {wanted} px, the median "
-            f"image has {there} px"
+            f"images are read at {side} px: to fill the largest crop with pixels takes {wanted}, "
+            f"the median image has {there}"
+            + ("; smaller crops of it are enlarged" if there < wanted else "")
         )
         return side
 

@@ -26,7 +26,6 @@ from dino_adapters.pretrain.objective import (
     terms,
 )
 from dino_adapters.pretrain.optim import Knobs
-from dino_adapters.pretrain.prototypes import ProjectionHead
 from dino_adapters.recipes.sections import GramRecipe, ObjectiveRecipe
 
 
@@ -138,8 +137,7 @@ class SelfDistillation:
                 knobs.teacher_temperature,
             )
             student = learn(self.student, crops, hide=True)
-        head = cast(ProjectionHead, self.student["dino_head"])
-        losses = terms(self.objective, student, teacher, crops, knobs, head)
+        losses = terms(self.objective, student, teacher, crops, knobs)
         tokens = None
         if self.gram is not None and knobs.gram_weight > 0:
             with autocast(self.device, self.bf16):

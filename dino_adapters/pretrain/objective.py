@@ -244,7 +244,6 @@ def terms(
     teacher: Teaching,
     crops: Crops,
     knobs: Knobs,
-    head: ProjectionHead,
 ) -> Losses:
     """All terms but Gram's, and their weighted sum.
 
@@ -257,7 +256,6 @@ def terms(
         teacher: what the teacher does.
         crops: the views, for their masks.
         knobs: the step's weights.
-        head: the student's DINO head, whose bottleneck SIGReg looks at.
     """
     o, views = objective, len(student.logits)
     temp = o.student_temperature
@@ -278,18 +276,21 @@ def terms(
         value = ibot_loss(student.ibot, teacher.ibot, weights, len(crops.masks), temperature=temp)
         losses = losses.plus("ibot", value, o.ibot_weight)
     if o.regularizer != "none":
-        value = spread(o, student.cls, head, knobs.step)
+        value = spread(o, student.cls, knobs.step)
         losses = losses.plus(o.regularizer, value, views * knobs.regularizer_weight)
     return losses
 
 
-def spread(objective: ObjectiveRecipe, cls: Tensor, head: ProjectionHead, step: int) -> Tensor:
+def spread(objective: ObjectiveRecipe, cls: Tensor, step: int) -> Tensor:
     """The regularizer that keeps class tokens apart: mean over global crops, each by itself.
+
+    All look at class tokens before the head, SIGReg too. Others put it on the head's bottleneck,
+    whose values start near 0 in small heads, where its gradient vanishes: on 630 images, 500 steps
+    took it there from 0.4089 to 0.4052, and on class tokens from 0.46 to 0.11.
 
     Args:
         objective: which one, and its options.
         cls: class tokens `(G, B, D)` before the head.
-        head: for SIGReg, which looks at the bottleneck before its normalisation.
         step: seeds SIGReg's directions.
     """
     each = []
@@ -297,7 +298,7 @@ def spread(objective: ObjectiveRecipe, cls: Tensor, head: ProjectionHead, step: 
         if objective.regularizer == "kde":
             each.append(kde_loss(tokens))
         elif objective.regularizer == "sigreg":
-            each.append(sigreg_loss(head.trunk(exact(tokens)), step=step))
+            each.append(sigreg_loss(tokens, step=step))
         else:
             each.append(
                 koleo_loss(

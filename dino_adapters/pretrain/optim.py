@@ -22,6 +22,7 @@ from dino_adapters.pretrain.schedules import (
     warmup_cosine,
 )
 from dino_adapters.recipes.pretrain import PretrainRecipe
+from dino_adapters.recipes.sections import GramRecipe
 
 TOKENS = ("cls_token", "register_tokens", "mask_token", "pos_embed")
 
@@ -91,8 +92,16 @@ class Timetable:
             teacher_temperature=self.teacher_temperature[step],
             local_weight=ramp(step, schedule.local_ramp, steps, *objective.local_weight),
             regularizer_weight=objective.regularizer_weight * spread_share,
-            gram_weight=0.0 if gram is None else ramp(step, gram.ramp, steps, 0.0, gram.weight),
+            gram_weight=0.0 if gram is None else gram_weight(step, gram, steps),
         )
+
+
+def gram_weight(step: int, gram: GramRecipe, steps: int) -> float:
+    """Weight of the Gram term: nothing before its teacher is there, then the ramp."""
+    begin = (gram.copy_at or 0) if gram.teacher == "ema" else 0
+    if step < begin:
+        return 0.0
+    return ramp(step - begin, gram.ramp, steps, 0.0, gram.weight)
 
 
 def ramp(step: int, share: float, steps: int, start: float, end: float) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -42,17 +43,24 @@ class Origin:
         return list(self.earlier.values())[-1] if self.earlier else None
 
     def find(self, word: str) -> str:
-        """The export that `PHASE` or `PHASE@STEP` names; any other word as it is.
+        """The export that `PHASE`, `PHASE/STUDENT` or `PHASE@STEP` names; other words as they are.
 
         Raises:
-            RecipeError: that phase kept no snapshot of that step.
+            RecipeError: that phase kept no snapshot of that step, or made several students.
         """
         name, _, step = word.partition("@")
+        name, _, student = name.partition("/")
         if name not in self.earlier:
             return word
         folder = self.earlier[name]
+        made = sorted(path.parent.name for path in folder.export.glob("*/card.json"))
+        if made and student not in made:
+            raise RecipeError(
+                f"The phase {name} made {len(made)} students. Name one: "
+                f"{' or '.join(f'{name}/{other}' for other in made)}."
+            )
         if not step:
-            return str(folder.export)
+            return str(folder.export / student)
         found = snapshot_folder(folder, int(step) if step.isdecimal() else -1)
         if not found.is_dir():
             there = sorted(int(p.name.removeprefix("step_")) for p in found.parent.glob("step_*"))
@@ -60,7 +68,7 @@ class Origin:
                 f"The phase {name} kept no snapshot of step {step}, only of {there}. Name one of "
                 "them, or set checkpoint.snapshots of that phase."
             )
-        return str(found)
+        return str(found / student)
 
 
 FRESH = Origin()
@@ -150,6 +158,19 @@ def with_heads(
     return Trained(built, centers)
 
 
+def refuse_untrained(setting: str, source: str, info: BackboneInfo) -> None:
+    """Refuses a teacher with random weights.
+
+    Raises:
+        RecipeError: with the setting that names it.
+    """
+    if info.training.get("weights") == "random":
+        raise RecipeError(
+            f"{setting} is {source}, an architecture with random weights, which can teach nothing. "
+            "Name an export, a weights file, or hub: and a name of timm."
+        )
+
+
 def gram_network(
     gram: GramRecipe | None,
     student: nn.Module,
@@ -160,11 +181,13 @@ def gram_network(
     """The Gram teacher's backbone, where it is not the moving average itself.
 
     Raises:
-        RecipeError: its tensors are not of the student's names and shapes.
+        RecipeError: its tensors are not of the student's names and shapes, or it was trained with
+            another normalisation.
     """
     if gram is None or gram.teacher in ("ema", "live"):
         return None
     network, other = build_network(origin.find(gram.teacher), bands=info.bands, notices=notices)
+    refuse_untrained("gram.teacher", gram.teacher, other)
     theirs, ours = (
         {name: tensor.shape for name, tensor in module.state_dict().items()}
         for module in (network, student)
@@ -176,4 +199,17 @@ def gram_network(
             f"{info.depth} and {info.patch_size} px, or they differ in other tensors. Take an "
             "earlier state of the same network."
         )
+    told = zip((*other.mean, *other.std), (*info.mean, *info.std), strict=True)
+    if not all(math.isclose(his, mine, rel_tol=1e-3) for his, mine in told):
+        raise RecipeError(
+            f"The Gram teacher {gram.teacher} was trained with mean {rounded(other.mean)} and std "
+            f"{rounded(other.std)}, and the student has {rounded(info.mean)} and "
+            f"{rounded(info.std)}, so it would see other images. Take an earlier state of the same "
+            "network."
+        )
     return network
+
+
+def rounded(numbers: Sequence[float]) -> tuple[float, ...]:
+    """For a sentence."""
+    return tuple(round(number, 3) for number in numbers)

@@ -11,7 +11,7 @@ import torch
 
 from dino_adapters.contracts import RecipeError, ShapeError, UnknownNameError, WeightsError
 from dino_adapters.data import load_source
-from dino_adapters.pretrain.assemble import import_modules, make_optimizer
+from dino_adapters.pretrain.assemble import NOTHING_TO_RESUME, import_modules, make_optimizer
 from dino_adapters.pretrain.build import make_learner
 from dino_adapters.pretrain.delivery import copy_export, export_averages
 from dino_adapters.pretrain.intake import Intake
@@ -78,9 +78,12 @@ def pretrain(
         if resume and folder.holds_a_run:
             check_same_run(folder, told)
         else:
+            if resume:
+                LOGGER.warning(NOTHING_TO_RESUME, folder.path)
             if overwrite:
                 folder.empty()
             folder.begin(told, overrides)
+        warn_of_shadows(recipe, overrides)
         earlier: dict[str, RunFolder] = {}
         for index, (phase, plan) in enumerate(recipe.plans(), start=1):
             part = folder.phase(index, phase.name)
@@ -88,12 +91,30 @@ def pretrain(
                 LOGGER.info("phase %d, %s: done already", index, phase.name)
             else:
                 LOGGER.info("phase %d of %d: %s", index, len(recipe.phases), phase.name)
-                origin = Origin(phase.start, earlier, phased=True)
+                origin = Origin(phase.start or "fresh", earlier, phased=True)
                 train(plan, part, resume=True, quiet=quiet, notices=notices, origin=origin)
             earlier = earlier | {phase.name: part}
         for line in notices.summary():
             LOGGER.info("%s", line)
+        for name, part in earlier.items():
+            LOGGER.info("phase %s: %s", name, part.export)
         return copy_export(list(earlier.values())[-1].export, folder.export)
+
+
+def warn_of_shadows(recipe: PretrainRecipe, overrides: Sequence[str]) -> None:
+    """Says which words of the command line every phase overrules."""
+    for word in overrides:
+        section, _, key = word.partition("=")[0].partition(".")
+        settings = [getattr(phase, section, None) for phase in recipe.phases]
+        if all(
+            key in own if isinstance(own, dict) else own not in (None, "same") for own in settings
+        ):
+            LOGGER.warning(
+                "%s changes nothing: every phase has a value of its own. Write phases.%s.%s.",
+                word,
+                recipe.phases[0].name,
+                word,
+            )
 
 
 def is_done(recipe: PretrainRecipe, folder: RunFolder) -> bool:
@@ -119,7 +140,9 @@ def check_phases(recipe: PretrainRecipe, notices: Notices) -> None:
             part = RunFolder(Path(folder) / phase.name)
             try:
                 refuse_unread(phase)
-                learner = _rehearse(plan, part, Origin(phase.start, earlier), before, notices)
+                learner = _rehearse(
+                    plan, part, Origin(phase.start or "fresh", earlier), before, notices
+                )
             except UnknownNameError as error:
                 known = f" Earlier phases: {', '.join(earlier)}." if earlier else ""
                 raise RecipeError(f"Phase {phase.name}: {error}{known}") from error

@@ -60,10 +60,10 @@ def check_same_inputs(checkpoint: Path, before: dict[str, Any], now: dict[str, A
     Raises:
         CheckpointError: with the number of images then and now.
     """
-    if before != now:
+    if before["digest"] != now["digest"]:
         raise CheckpointError(
             f"The images or the start weights are not those that {checkpoint} was trained on "
-            f"({before.get('images')} images then, {now['images']} now). Bring the same images "
+            f"({before['images']} images then, {now['images']} now). Bring the same images "
             "back to continue, or start anew with another --out."
         )
 

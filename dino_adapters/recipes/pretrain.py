@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
-from pydantic_core import InitErrorDetails
 
 from dino_adapters.recipes.data import DataRecipe
 from dino_adapters.recipes.sections import (
@@ -29,9 +28,11 @@ class PhaseRecipe(Section):
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
     """Used for its folder and by later phases."""
-    start: Literal["fresh", "state", "teacher"] = "fresh"
-    """From `model`; or from the phase before: its whole state with the optimiser, or its teacher,
-    which becomes student and teacher with a fresh optimiser."""
+    start: Literal["fresh", "state", "teacher"] | None = None
+    """`fresh` is from `model`; `teacher` takes the teacher of the phase before as student and
+    teacher, with a fresh optimiser; `state` takes its whole state with the optimiser. None is
+    `teacher`, but in the first phase and in a distillation `fresh`. Schedules of rate, temperature
+    and momentum begin anew in every phase: to go on where the last one ended, set their values."""
     steps: int | None = Field(default=None, ge=1)
     """Optimiser steps; None is the recipe's."""
     model: dict[str, Any] = Field(default_factory=dict)
@@ -42,9 +43,9 @@ class PhaseRecipe(Section):
     """Changes to the recipe's section of this name."""
     objective: dict[str, Any] = Field(default_factory=dict)
     """Changes to the recipe's section of this name."""
-    gram: dict[str, Any] | Literal[False] | None = None
-    """Changes to the recipe's section of this name; given, even empty, it turns Gram on. False
-    turns off the recipe's."""
+    gram: dict[str, Any] | Literal["same"] | None = "same"
+    """Changes to the recipe's section of this name; given, even empty, it turns Gram on. None is
+    off."""
     distill: dict[str, Any] | None = None
     """Makes this phase a distillation."""
     optim: dict[str, Any] = Field(default_factory=dict)
@@ -98,15 +99,16 @@ class PretrainRecipe(Section):
         if self.gram is not None and self.distill is not None:
             raise ValueError(
                 "gram and distill are both given, and a distillation has no Gram term. Take one "
-                "of them out; in phases, set gram=False in the distillation"
+                "of them out; in phases, set gram=None in the distillation"
             )
-        self._check_gram()
-        self._check_koleo()
         names = [phase.name for phase in self.phases]
         if len(set(names)) < len(names):
             raise ValueError(f"The phases are called {', '.join(names)}. Give each its own name")
         if self.phases:
-            self.plans()
+            self.plans()  # each phase is checked with what it changes
+        else:
+            self._check_gram()
+            self._check_koleo()
         return self
 
     def _check_gram(self) -> None:
@@ -116,6 +118,11 @@ class PretrainRecipe(Section):
             raise ValueError(
                 f"gram.copy_at is {self.gram.copy_at} and there are {self.steps} steps. Give a "
                 "step of the run, counted from 0"
+            )
+        if self.gram.teacher == "live" and any(m.gram_size for m in self.crops.mixture):
+            raise ValueError(
+                "gram_size is given in crops.mixture, and with gram.teacher=live the moving "
+                "average's own tokens are used. Leave it out, or set gram.teacher=ema"
             )
         if self.gram.size is not None and self.crops.mixture:
             raise ValueError(
@@ -157,7 +164,7 @@ class PretrainRecipe(Section):
         return PretrainRecipe.model_validate(told)
 
     def plans(self) -> tuple[tuple[PhaseRecipe, PretrainRecipe], ...]:
-        """Each phase with the complete recipe that it amounts to.
+        """Each phase, its start settled, with the complete recipe that it amounts to.
 
         Phases after the first get seeds of their own, so that none repeats the crops of another.
 
@@ -167,21 +174,22 @@ class PretrainRecipe(Section):
         base = self.model_copy(update={"phases": ()})
         plans = []
         for index, phase in enumerate(self.phases):
-            changes = phase.model_dump(exclude={"name", "start"}, exclude_none=True)
-            if phase.gram is False:
-                changes["gram"] = None
+            told = phase.model_dump(exclude={"name", "start", "gram"}, exclude_none=True)
+            changes = told if phase.gram == "same" else told | {"gram": phase.gram}
             if index:
                 changes["seed"] = derive(self.seed, "phase", index)
             try:
-                plans.append((phase, base.changed(changes)))
+                plan = base.changed(changes)
             except ValidationError as error:
                 raise _inside(error, "phases", phase.name) from None
+            usual = "teacher" if index and plan.distill is None else "fresh"
+            plans.append((phase.model_copy(update={"start": phase.start or usual}), plan))
         return tuple(plans)
 
 
 def _inside(error: ValidationError, *place: str) -> ValidationError:
     """The same errors, found in a part of a recipe."""
-    lines: list[InitErrorDetails] = [
+    lines: list[Any] = [
         {
             "type": details["type"],
             "loc": (*place, *details["loc"]),

@@ -217,15 +217,37 @@ def _near_files(path: Path) -> str:
 
 
 def _put(settings: dict[str, Any], names: tuple[str, ...], value: Any, override: str) -> None:
-    inside = settings
+    inside: Any = settings
     for depth, name in enumerate(names[:-1], start=1):
+        if isinstance(inside, list | tuple):
+            inside = _entry(inside, name, override)
+            continue
         inside = inside.setdefault(name, {})
+        if isinstance(inside, list | tuple):
+            continue  # the next name is one of its entries
         if not isinstance(inside, dict):
             raise RecipeError(
                 f"'{override}' sets a part of {'.'.join(names[:depth])}, which is the value "
                 f"{inside!r} and has no parts."
             )
+    if not isinstance(inside, dict):
+        list_name = ".".join(names[:-1])
+        raise RecipeError(
+            f"'{override}' sets a part of {list_name}, a list. Write {list_name}.NAME.SETTING=..."
+        )
     inside[names[-1]] = value
+
+
+def _entry(tables: Sequence[Any], name: str, override: str) -> dict[str, Any]:
+    """The table of this name in a list of tables.
+
+    Raises:
+        RecipeError: there is none of this name.
+    """
+    entries = {str(entry.get("name")): entry for entry in tables if isinstance(entry, dict)}
+    if name not in entries:
+        raise RecipeError(f"'{override}' names '{name}'. There are {', '.join(entries) or 'none'}.")
+    return entries[name]
 
 
 def _sentence(where: str, error: ValidationError, kind: type[BaseModel]) -> str:

@@ -67,7 +67,7 @@ class SizesRecipe(Section):
 
 
 class CropsRecipe(Section):
-    """Multi-crop views, made in batches on the device (DINOv3, section 2.5 of its recipes)."""
+    """Multi-crop views, made in batches on the device (DINO, arXiv 2104.14294, section 3.1)."""
 
     global_size: int = Field(default=64, ge=8)
     """Side of a global crop in pixels; a multiple of the patch size."""
@@ -149,7 +149,8 @@ class ObjectiveRecipe(Section):
     `schedule.local_ramp`; without renormalising."""
     regularizer: Literal["koleo", "kde", "sigreg", "none"] = "koleo"
     """What spreads class tokens: KoLeo (nearest neighbour), KDE (density; for near-duplicates,
-    arXiv 2504.05186) or SIGReg (towards a Gaussian, arXiv 2511.08544)."""
+    arXiv 2504.05186) or SIGReg (towards a Gaussian, arXiv 2511.08544; here on the class tokens,
+    as its gradient vanishes on a small head's bottleneck)."""
     regularizer_weight: float = Field(default=0.1, ge=0.0)
     """Its weight. Use about 0.05 for KDE and SIGReg."""
     koleo_neighbours: int = Field(default=1, ge=1)
@@ -188,6 +189,17 @@ class ObjectiveRecipe(Section):
     weight_norm: Literal["none", "free", "fixed"] = "none"
     """Prototypes of unit direction with a gain that starts at 1: trained (DINOv2) or fixed
     (DINO). DINOv3 has none."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        own = ("ibot_prototypes", "ibot_hidden_dim", "ibot_bottleneck_dim")
+        given = [name for name in own if getattr(self, name) is not None]
+        if self.shared_head and given:
+            raise ValueError(
+                f"{given[0]} is given, and with shared_head=True iBOT has no head of its own. "
+                "Leave one of them out"
+            )
+        return self
 
 
 class OptimRecipe(Section):
@@ -249,7 +261,7 @@ class GramRecipe(Section):
     earlier phase, its snapshot `PHASE@STEP`, or weights that `load_backbone` opens."""
     copy_at: int | None = Field(default=None, ge=0)
     """Step of this phase before which the moving average is copied; None is 0 for `ema`, and never
-    for others."""
+    for others. With `ema` the term begins, and its ramp, at that step."""
     refresh_every: int | None = Field(default=None, ge=1)
     """Replace the Gram teacher by the moving average every so many steps; None never."""
     first_refresh: int = Field(default=0, ge=0)
@@ -311,7 +323,8 @@ class DistillRecipe(Section):
     """Smaller students learn from a frozen teacher; one forward pass of it serves all of them."""
 
     teacher: str | None = None
-    """An export or anything that `load_backbone` opens; None is the phase before."""
+    """An earlier phase, `PHASE/STUDENT` where it made several, or anything that `load_backbone`
+    opens; None is the phase before."""
     by: Literal["auto", "heads", "features"] = "auto"
     """What is imitated: the teacher's assignments to its prototypes, which needs its heads (our
     exports hold them), or its features. auto: heads where there are any."""

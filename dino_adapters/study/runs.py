@@ -64,7 +64,8 @@ def pretrain_report(folder: RunFolder, recipe: Mapping[str, Any]) -> Report:
         DataError: fewer than two rows were noted.
     """
     rows = folder.rows()
-    name = recipe["model"]["source"]
+    distill = recipe.get("distill")
+    name = ", ".join(distill["students"]) if distill else recipe["model"]["source"]
     figure = loss_curves({name: rows})
     last = rows[-1]
     steps = int(last["step"]) + 1
@@ -73,7 +74,7 @@ def pretrain_report(folder: RunFolder, recipe: Mapping[str, Any]) -> Report:
         f"{last['images']:,} images seen in {duration(last['seconds'])}."
     )
     if folder.export.is_dir():
-        after = "The frozen backbone is in the folder export; load_backbone opens it."
+        after = delivered(folder)
     else:
         after = "The run has not ended: continue it with --resume."
     return Report(
@@ -105,17 +106,29 @@ def phases_report(folder: RunFolder, recipe: Mapping[str, Any]) -> Report:
             ended.append(name)
     left = [name for name in names if name not in ended]
     after = (
-        f"Not done yet: {', '.join(left)}. Continue with --resume."
-        if left
-        else "The frozen backbone is in the folder export; load_backbone opens it."
+        f"Not done yet: {', '.join(left)}. Continue with --resume." if left else delivered(folder)
     )
     return Report(
         title=f"Pretraining in {len(names)} phases",
-        summary=(f"Phases done: {', '.join(ended) or 'none'} of {', '.join(names)}.", after),
+        summary=(
+            f"{len(ended)} of {len(names)} phases done: {', '.join(ended) or 'none'}. Losses of "
+            "different phases have different terms and weights.",
+            after,
+        ),
         tables=tuple(tables),
         figures=(loss_curves(curves),),
         provenance=provenance(folder, recipe, "pretrain"),
     )
+
+
+def delivered(folder: RunFolder) -> str:
+    """Where the backbones are, in a sentence."""
+    students = sorted(card.parent.name for card in folder.export.glob("*/card.json"))
+    if students:
+        named = ", ".join(f"export/{name}" for name in students)
+        return f"The frozen backbones are in {named}; load_backbone opens each."
+    last = " of the last phase" if folder.phases else ""
+    return f"The frozen backbone{last} is in the folder export; load_backbone opens it."
 
 
 def by_student(name: str, rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -228,12 +241,18 @@ def _last_numbers(row: Mapping[str, Any]) -> Table:
     shown = {key: value for key, value in row.items() if isinstance(value, int | float)}
     rows = tuple(
         (
-            _WORDS.get(key, key.replace("_", " ")),
+            term_in_words(key),
             f"{value:,}" if isinstance(value, int) else f"{value:.4g}",
         )
         for key, value in shown.items()
     )
     return Table("The last numbers noted", ("", "value"), rows)
+
+
+def term_in_words(key: str) -> str:
+    """A key of `metrics.jsonl` for people; `STUDENT/TERM` keeps its student."""
+    student, slash, term = key.rpartition("/")
+    return student + slash.replace("/", ": ") + _WORDS.get(term, term.replace("_", " "))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -214,6 +214,8 @@ def test_a_gram_teacher_of_another_width_is_refused(tiny, tmp_path):
         RunFolder(tmp_path / "w"),
         quiet=True,
     )
-    with pytest.raises(RecipeError, match="has width 32 and patches of 8 px, the student width 24"):
+    with pytest.raises(
+        RecipeError, match="has width 32, depth 2 and patches of 8 px, the student width 24"
+    ):
         pretrain(tiny(gram={"teacher": str(wide)}), RunFolder(tmp_path / "run"), quiet=True)
     assert not list((tmp_path / "run").rglob("metrics.jsonl"))

@@ -1,13 +1,14 @@
 """Distillation: the teacher stands still, students see all patches and do not meet each other."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from dino_adapters.backbones import build_network, load_backbone
+from dino_adapters.backbones import build_network, export_backbone, load_backbone
 from dino_adapters.contracts import RecipeError, ShapeError
 from dino_adapters.pretrain import pretrain
 from dino_adapters.pretrain.augment import Crops
@@ -265,9 +266,19 @@ def test_a_run_with_two_kinds_of_students_resumes_to_the_bit(tiny, tmp_path, tau
         assert (info.patch_size, info.size) == (patch, size)
 
 
-def test_features_of_a_network_without_heads_are_learnt_and_resumed(tiny, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def headless(tmp_path_factory):
+    """A network of timm that says it was trained."""
+    network, info = build_network("resnet10t", seed=1)
+    told = replace(info, training={"weights": "made for a test"})
+    return str(export_backbone(network, told, tmp_path_factory.mktemp("timm") / "export"))
+
+
+def test_features_of_a_network_without_heads_are_learnt_and_resumed(
+    tiny, tmp_path, monkeypatch, headless
+):
     recipe = tiny(
-        distill={"teacher": "resnet10t", "students": {"s": VIT}},
+        distill={"teacher": headless, "students": {"s": VIT}},
         crops={"global_size": 64, "local_size": 32, "local_count": 0},
         optim={"lr": 3e-3, "batch_size": 8},
         steps=10,
@@ -287,7 +298,7 @@ def test_features_of_a_network_without_heads_are_learnt_and_resumed(tiny, tmp_pa
     assert same(weights(pretrain(recipe, folder, resume=True, quiet=True)), weights(whole))
 
 
-HEADLESS = {"teacher": "resnet10t", "students": {"s": VIT}}
+HEADLESS = {"teacher": "HEADLESS", "students": {"s": VIT}}
 LARGE = {"global_size": 64, "local_size": 32}
 
 
@@ -328,11 +339,12 @@ LARGE = {"global_size": 64, "local_size": 32}
     ],
 )
 def test_what_cannot_work_is_refused_before_the_first_step(
-    tiny, tmp_path, taught, error, sentence, changes
+    tiny, tmp_path, taught, headless, error, sentence, changes
 ):
     told = dict(changes)
-    if told["distill"].get("teacher") == "TAUGHT":
-        told["distill"] = told["distill"] | {"teacher": taught}
+    exports = {"TAUGHT": taught, "HEADLESS": headless}
+    if (word := told["distill"].get("teacher")) in exports:
+        told["distill"] = told["distill"] | {"teacher": exports[word]}
     with pytest.raises(error, match=sentence):
         pretrain(tiny(**told), RunFolder(tmp_path / "run"), quiet=True)
     assert not list((tmp_path / "run").rglob("metrics.jsonl"))

@@ -1,5 +1,6 @@
 """Whole runs: they learn, export, resume to the bit, and refuse what cannot work."""
 
+import copy
 import json
 import math
 
@@ -147,7 +148,8 @@ def test_a_damaged_checkpoint_is_refused_with_its_name(tiny, tmp_path):
 
 
 def test_nothing_of_a_step_that_is_not_finite_is_applied(tiny, tmp_path, monkeypatch):
-    recipe, folder = tiny(), RunFolder(tmp_path / "run")
+    recipe = tiny(objective={"centering": "softmax"}, gram={"refresh_every": 2})
+    folder = RunFolder(tmp_path / "run")
     run = loop.assemble(recipe, folder, resume=False)
     monkeypatch.setattr(loop, "assemble", lambda *_, **__: run)
     losses = run.learner.losses
@@ -157,14 +159,27 @@ def test_nothing_of_a_step_that_is_not_finite_is_applied(tiny, tmp_path, monkeyp
         calls.append(1)
         if len(calls) == 4:
             crops.global_crops[0] = float("nan")
-            before.update((k, v.clone()) for k, v in run.learner.students[""].state_dict().items())
+            before.update(copy.deepcopy(everything(run)))
         return losses(crops, knobs)
 
     run.learner.losses = poisoned
     with pytest.raises(NotFiniteError, match="Step 3 is not finite"):
         pretrain(recipe, folder, quiet=True)
-    for name, tensor in run.learner.students[""].state_dict().items():
+    after = everything(run)
+    assert {name.split(".")[0] for name in after} >= {"student", "teacher", "centers", "gram"}
+    assert any(name.endswith("exp_avg_sq") for name in after)
+    assert set(after) == set(before)
+    for name, tensor in after.items():
         assert torch.equal(tensor, before[name]), name
+
+
+def everything(run):
+    """All tensors of a run by name: networks, centres, Gram teacher and moments."""
+    state = run.learner.state()
+    found = {f"{part}.{name}": t for part, told in state.items() for name, t in told.items()}
+    for index, moments in run.optimizer.state_dict()["state"].items():
+        found |= {f"moments.{index}.{name}": value for name, value in moments.items()}
+    return found
 
 
 def test_bad_files_among_good_ones_are_skipped_and_named(tiny, tmp_path, photographs, caplog):
@@ -213,6 +228,26 @@ def test_deep_images_need_their_range(tiny, tmp_path, dtype):
     info = load_backbone(export).info
     assert [band.name for band in info.bands] == ["nir", "swir"]
     assert info.mean == pytest.approx((0.5, 0.5), abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"crops": {"global_size": 50}},
+            "is 50 px, and vitmicro8 has patches of 8 px. Take 48 or 56",
+        ),
+        (
+            {"crops": {"local_size": 20}},
+            "is 20 px, and vitmicro8 has patches of 8 px. Take 16 or 24",
+        ),
+    ],
+)
+def test_a_crop_size_between_patches_is_named_with_its_neighbours(
+    tiny, tmp_path, changes, sentence
+):
+    with pytest.raises(ShapeError, match=sentence):
+        pretrain(tiny(**changes), RunFolder(tmp_path / "run"), quiet=True)
 
 
 def test_sizes_that_no_patch_divides_are_refused_before_anything_is_written(tiny, tmp_path):

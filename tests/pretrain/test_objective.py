@@ -67,7 +67,8 @@ def test_each_regularizer_trains_under_its_own_name(regularizer):
             fresh.losses(given, knobs()).terms[regularizer],
             fresh.student["backbone"].get_parameter("cls_token"),
         )
-        assert gradient.abs().sum() > 0
+        # SIGReg on the bottleneck of these heads would have 2e-6 here, and do nothing.
+        assert gradient.norm() > 0.1
     after = made.losses(given, knobs()).total
     assert after.isfinite()
     assert after != losses.total

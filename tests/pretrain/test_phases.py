@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from dino_adapters.backbones import load_backbone
+from dino_adapters.backbones.save import LICENCE_FILE
+from dino_adapters.backbones.weights import DINOV3_LICENCE_ID
 from dino_adapters.contracts import (
     CheckpointError,
     DinoAdaptersError,
@@ -287,7 +289,7 @@ def test_the_first_phase_has_nothing_to_start_from(tiny, tmp_path, start):
             {"distill": {"students": {"s": VIT}}, "objective": {"prototypes": 8}},
         ),
         (
-            "28 x 28 pixels; both sides must be multiples of 8",
+            "crop size of the recipe is 28 px, and .* has patches of 8 px. Take 24 or 32",
             {"crops": {"mixture": [MIXTURE[0], {"global_size": 28, "local_size": 16}]}},
         ),
         (
@@ -333,7 +335,102 @@ def test_several_students_are_no_start(tiny, tmp_path):
 def test_a_gram_teacher_of_another_width_is_refused_with_its_phase(tiny, tmp_path):
     wide = {"name": "first", "model": {"architecture": {"embed_dim": 32, "num_heads": 2}}}
     sentence = "Phase second: The Gram teacher first has width 32, .* the student width 24, "
-    refused(tiny, tmp_path, sentence, wide, second(gram={"teacher": "first"}))
+    refused(tiny, tmp_path, sentence, wide, second(start="fresh", gram={"teacher": "first"}))
+
+
+def test_a_phase_starts_from_the_teacher_before_unless_told_otherwise(tiny):
+    told = tiny(
+        phases=[
+            FIRST,
+            second(),
+            {"name": "third", "start": "fresh"},
+            {"name": "fourth", "start": "state"},
+            {"name": "fifth", "distill": {"students": {"s": VIT}}},
+        ]
+    )
+    starts = [phase.start for phase, _ in told.plans()]
+    assert starts == ["fresh", "teacher", "fresh", "state", "fresh"]
+    again = PretrainRecipe.model_validate(told.model_dump(mode="json"))
+    assert [phase.start for phase, _ in again.plans()] == starts
+
+
+def test_a_gram_teacher_of_another_normalisation_is_refused(tiny, tmp_path):
+    export = pretrain(tiny(steps=1), RunFolder(tmp_path / "a"), quiet=True)
+    card = json.loads((export / "card.json").read_text())
+    card["info"]["mean"] = [0.1, 0.1, 0.1]
+    (export / "card.json").write_text(json.dumps(card))
+    plan = tiny(gram={"teacher": str(export)})
+    with pytest.raises(RecipeError, match=r"trained with mean \(0\.1, 0\.1, 0\.1\) and std"):
+        assemble(plan, RunFolder(tmp_path / "b"), resume=False)
+
+
+@pytest.mark.parametrize(
+    ("setting", "changes"),
+    [
+        ("gram.teacher", {"gram": {"teacher": "vitmicro8"}}),
+        ("distill.teacher", {"distill": {"teacher": "vits16", "students": {"s": VIT}}}),
+    ],
+)
+def test_a_teacher_of_random_weights_is_refused(tiny, tmp_path, setting, changes):
+    with pytest.raises(RecipeError, match=f"{setting} is .*, an architecture with random weights"):
+        assemble(tiny(**changes), RunFolder(tmp_path / "a"), resume=False)
+
+
+def test_a_teacher_that_was_left_open_is_asked_for(tiny, tmp_path):
+    told = {"teacher": "give distill.teacher=EXPORT", "students": {"s": VIT}}
+    with pytest.raises(RecipeError, match="No teacher was named: add distill"):
+        assemble(tiny(distill=told), RunFolder(tmp_path / "a"), resume=False)
+
+
+def test_one_of_several_students_teaches_on(tiny, tmp_path):
+    two = second(distill={"students": {"a": VIT, "b": VIT}})
+    third = {"name": "third", "distill": {"teacher": "second/b", "students": {"c": VIT}}}
+    folder = RunFolder(tmp_path / "run")
+    pretrain(tiny(steps=1, phases=[FIRST, two, third]), folder, quiet=True)
+    taught = load_backbone(folder.export).info.training["teacher"]
+    assert taught["training"]["teacher"]["name"] == "vitmicro8"
+    del third["distill"]["teacher"]
+    sentence = r"Phase third: The phase second made 2 students\. Name one: second/a or second/b"
+    with pytest.raises(RecipeError, match=sentence):
+        pretrain(tiny(phases=[FIRST, two, third]), RunFolder(tmp_path / "b"), quiet=True)
+
+
+def test_a_licence_goes_from_teacher_to_student(tiny, tmp_path):
+    export = pretrain(tiny(steps=1), RunFolder(tmp_path / "a"), quiet=True)
+    card = json.loads((export / "card.json").read_text())
+    card["info"]["licence"] = DINOV3_LICENCE_ID
+    (export / "card.json").write_text(json.dumps(card))
+    told = tiny(steps=1, distill={"teacher": str(export), "students": {"s": VIT}})
+    student = pretrain(told, RunFolder(tmp_path / "b"), quiet=True)
+    info = load_backbone(student).info
+    assert info.licence == info.training["teacher"]["licence"] == DINOV3_LICENCE_ID
+    assert (student / LICENCE_FILE).is_file()
+
+
+def test_words_that_every_phase_overrules_are_named(tiny, tmp_path, caplog):
+    recipe = tiny(phases=[FIRST | {"steps": 1, "optim": {"lr": 0.01}}])
+    words = ("steps=4", "optim.lr=0.1", "optim.clip=1.0", "seed=3", "gram=null")
+    pretrain(recipe, RunFolder(tmp_path / "a"), overrides=words, quiet=True)
+    named = [line for line in caplog.messages if "changes nothing" in line]
+    assert len(named) == 2
+    assert named[0].startswith("steps=4 changes nothing")
+    assert named[1].endswith("Write phases.first.optim.lr=0.1.")
+
+
+def test_resuming_an_empty_folder_is_said_for_phases_too(tiny, tmp_path, caplog):
+    pretrain(tiny(phases=[FIRST], steps=1), RunFolder(tmp_path / "a"), resume=True, quiet=True)
+    assert caplog.text.count("holds no run to resume") == 1
+
+
+def test_the_gram_term_begins_when_its_teacher_is_copied(tiny, tmp_path):
+    folder = RunFolder(tmp_path / "a")
+    pretrain(tiny(gram={"teacher": "ema", "copy_at": 2, "ramp": 0.5}), folder, quiet=True)
+    assert ["gram" in row for row in folder.rows()] == [False] * 3 + [True] * 3
+    weights = [
+        Timetable(tiny(gram={"copy_at": 2, "ramp": 0.5})).at(n).gram_weight for n in range(6)
+    ]
+    assert weights[:3] == [0.0, 0.0, 0.0]
+    assert weights[3:] == pytest.approx([0.5, 1.5, 2.0])
 
 
 @pytest.mark.parametrize(
@@ -361,11 +458,11 @@ def test_recipes_of_phases_are_checked_when_they_are_read(tmp_path, sentence, to
 
 def test_a_phase_turns_the_gram_term_of_the_recipe_off(tiny, tmp_path):
     gram = {"teacher": "ema", "weight": 3.0}
-    told = tiny(gram=gram, phases=[FIRST, second(gram=False), {"name": "third", "gram": {}}])
+    told = tiny(gram=gram, phases=[FIRST, second(gram=None), {"name": "third", "gram": {}}])
     weights = [plan.gram and plan.gram.weight for _, plan in told.plans()]
     assert weights == [3.0, None, 3.0]
     students = {"students": {"s": VIT}}
-    told = tiny(gram=gram, steps=1, phases=[FIRST, second(gram=False, distill=students)])
+    told = tiny(gram=gram, steps=1, phases=[FIRST, second(gram=None, distill=students)])
     folder = RunFolder(tmp_path / "run")
     pretrain(told, folder, quiet=True)
     assert "gram" in part(folder, "first").rows()[0]
@@ -380,7 +477,7 @@ def test_a_network_that_only_a_distillation_could_read_is_refused(tiny, tmp_path
 
 def test_how_states_are_kept_may_change_inside_a_phase(tiny, tmp_path):
     def recipe(**checkpoint):
-        return tiny(phases=[FIRST | {"checkpoint": checkpoint}], steps=1)
+        return tiny(phases=[FIRST | {"checkpoint": checkpoint}], steps=2)
 
     folder = RunFolder(tmp_path / "run")
     pretrain(recipe(every_steps=3), folder, quiet=True)

@@ -78,9 +78,10 @@ def smaller(recipe: PretrainRecipe, pictures: Path, teacher: Path) -> PretrainRe
             phase["crops"]["mixture"] = [quarter(sizes) for sizes in mixture]
         if "snapshots" in phase["checkpoint"]:
             phase["checkpoint"]["snapshots"] = 1  # after step 1 of 2
-        name, at, _ = (phase["gram"] or {}).get("teacher", "").partition("@")
+        gram = phase["gram"] if isinstance(phase["gram"], dict) else {}
+        name, at, _ = gram.get("teacher", "").partition("@")
         if at:
-            phase["gram"]["teacher"] = f"{name}@1"
+            gram["teacher"] = f"{name}@1"
     return PretrainRecipe.model_validate(told)
 
 

@@ -46,12 +46,12 @@ def test_sizes_are_a_function_of_seed_and_step(mixed):
     assert drawn(5, range(40)) != forward
 
 
-def test_crops_of_the_gram_teacher_are_made_only_with_gram(mixed):
+def test_crops_of_the_gram_teacher_are_made_only_with_gram(tiny, mixed):
     assert {sizes.gram_size for sizes in all_sizes(mixed())} == {None}
     # Where no size is told, an undistorted crop of the global size.
     assert [sizes.gram_size for sizes in all_sizes(mixed(gram={}))] == [40, 48, 48]
     assert [sizes.gram_size for sizes in all_sizes(mixed(gram={"distort": True}))] == [40, 48, None]
-    assert {sizes.gram_size for sizes in all_sizes(mixed(gram={"teacher": "live"}))} == {None}
+    assert [sizes.gram_size for sizes in all_sizes(tiny(gram={"teacher": "live"}))] == [None]
 
 
 def test_the_largest_side_counts_the_gram_teachers_crops(tiny, mixed):
@@ -83,6 +83,6 @@ def test_crops_and_masks_have_the_sizes_of_their_step(mixed, tmp_path):
 
 def test_a_mixture_that_no_patch_divides_is_refused_before_the_first_step(tiny, tmp_path):
     mixture = [MIXTURE[0], {"global_size": 28, "local_size": 16}]
-    with pytest.raises(ShapeError, match="28 x 28 pixels; both sides must be multiples of 8"):
+    with pytest.raises(ShapeError, match=r"size of the recipe is 28 px, .* Take 24 or 32"):
         pretrain(tiny(crops={"mixture": mixture}), RunFolder(tmp_path / "run"), quiet=True)
     assert not list((tmp_path / "run").rglob("metrics.jsonl"))

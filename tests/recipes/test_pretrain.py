@@ -7,6 +7,7 @@ from dino_adapters.pretrain.optim import Timetable
 from dino_adapters.recipes.pretrain import PretrainRecipe
 
 MIXTURE = [{"global_size": 96, "local_size": 64}]
+FINER = [MIXTURE[0] | {"gram_size": 128}]
 
 
 def recipe(**told):
@@ -24,12 +25,21 @@ def recipe(**told):
         ({"crops": {"mixture": [{"global_size": 32, "local_size": 64}]}}, "local_size is 64"),
         ({"objective": {"koleo_group": 3}, "optim": {"batch_size": 4}}, "divides the batch"),
         ({"objective": {"koleo_neighbours": 4}, "optim": {"batch_size": 4}}, "4 among 4 images"),
+        ({"gram": {"teacher": "live"}, "crops": {"mixture": FINER}}, "gram_size is given"),
+        ({"objective": {"shared_head": True, "ibot_prototypes": 8}}, "no head of its own"),
         ({"gram": {}, "distill": {"students": {"a": {"source": "x"}}}}, "both given"),
     ],
 )
 def test_what_does_not_go_together_is_refused(told, sentence):
     with pytest.raises(ValidationError, match=sentence):
         recipe(**told)
+
+
+def test_sections_of_phases_are_held_against_the_phase_and_not_the_recipe():
+    made = recipe(steps=5, gram={"copy_at": 10}, phases=[{"name": "long", "steps": 20}])
+    assert [plan.steps for _, plan in made.plans()] == [20]
+    with pytest.raises(ValidationError, match="copy_at is 10 and there are 5 steps"):
+        recipe(steps=20, gram={"copy_at": 10}, phases=[{"name": "short", "steps": 5}])
 
 
 def test_a_mixture_is_held_against_its_own_sizes():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import subprocess
 import sys
@@ -385,3 +386,30 @@ def test_the_room_opens_without_torch():
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+PHASED = {"data": {"source": "x"}, "phases": [{"name": "a", "steps": 2}, {"name": "b"}]}
+
+
+def test_a_word_changes_one_setting_of_one_phase(tmp_path):
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(PHASED))
+    words = ["phases.b.steps=7", "phases.b.optim.lr=0.5", "phases.a.gram=null"]
+    plans = [plan for _, plan in read_recipe(file, PretrainRecipe, words).plans()]
+    assert [plan.steps for plan in plans] == [2, 7]
+    assert [plan.optim.lr for plan in plans] == [1e-3, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("phases.c.steps=7", "'phases.c.steps=7' names 'c'. There are a, b"),
+        ("phases.steps=7", r"sets a part of phases, a list. Write phases.NAME.SETTING=\.\.\."),
+        ("phases.a.steps.more=7", "phases.a.steps, which is the value 2 and has no parts"),
+    ],
+)
+def test_words_that_name_no_setting_of_a_phase_are_refused(tmp_path, word, sentence):
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(PHASED))
+    with pytest.raises(RecipeError, match=sentence):
+        read_recipe(file, PretrainRecipe, [word])

@@ -31,7 +31,10 @@ def phased(tmp_path, *, ended):
 def test_each_phase_and_each_student_has_a_curve_and_a_table(tmp_path):
     report = run_report(phased(tmp_path, ended=["pretrain", "gram", "distill"]))
     assert report.title == "Pretraining in 3 phases"
-    assert report.summary[0] == "Phases done: pretrain, gram, distill of pretrain, gram, distill."
+    assert report.summary[0] == (
+        "3 of 3 phases done: pretrain, gram, distill. Losses of different phases have different "
+        "terms and weights."
+    )
     assert [table.title.split(":")[0] for table in report.tables] == ["pretrain", "gram", "distill"]
     drawn = str(report.figures[0])
     assert all(name in drawn for name in ("distill: a", "distill: b", "pretrain"))
