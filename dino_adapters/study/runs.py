@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +79,7 @@ def pretrain_report(folder: RunFolder, recipe: Mapping[str, Any]) -> Report:
     return Report(
         title=f"Pretraining {name}",
         summary=(said, after),
-        tables=(_last_numbers(last),),
+        tables=(_last_numbers({"value": last}),),
         figures=(figure,),
         notes=_warnings(last, recipe),
         provenance=provenance(folder, recipe, "pretrain"),
@@ -95,13 +94,14 @@ def phases_report(folder: RunFolder, recipe: Mapping[str, Any]) -> Report:
     """
     names = [phase["name"] for phase in recipe["phases"]]
     curves: dict[str, list[dict[str, Any]]] = {}
-    tables, ended = [], []
+    last: dict[str, Mapping[str, Any]] = {}
+    ended = []
     for name, part in folder.phases.items():
         rows = part.rows()
         if not rows:
             continue
         curves |= by_student(name, rows)
-        tables.append(replace(_last_numbers(rows[-1]), title=f"{name}: the last numbers noted"))
+        last[name] = rows[-1]
         if part.export.is_dir():
             ended.append(name)
     left = [name for name in names if name not in ended]
@@ -115,7 +115,7 @@ def phases_report(folder: RunFolder, recipe: Mapping[str, Any]) -> Report:
             "different phases have different terms and weights.",
             after,
         ),
-        tables=tuple(tables),
+        tables=(_last_numbers(last),) if last else (),
         figures=(loss_curves(curves),),
         provenance=provenance(folder, recipe, "pretrain"),
     )
@@ -237,16 +237,23 @@ def _warnings(last: Mapping[str, Any], recipe: Mapping[str, Any]) -> tuple[str, 
     return ()
 
 
-def _last_numbers(row: Mapping[str, Any]) -> Table:
-    shown = {key: value for key, value in row.items() if isinstance(value, int | float)}
+def _last_numbers(noted: Mapping[str, Mapping[str, Any]]) -> Table:
+    """The last row of each column's `metrics.jsonl`, side by side."""
+    keys = [
+        key
+        for key in dict.fromkeys(key for row in noted.values() for key in row)
+        if any(isinstance(row.get(key), int | float) for row in noted.values())
+    ]
     rows = tuple(
-        (
-            term_in_words(key),
-            f"{value:,}" if isinstance(value, int) else f"{value:.4g}",
-        )
-        for key, value in shown.items()
+        (term_in_words(key), *(_number(row.get(key)) for row in noted.values())) for key in keys
     )
-    return Table("The last numbers noted", ("", "value"), rows)
+    return Table("The last numbers noted", ("", *noted), rows)
+
+
+def _number(value: Any) -> str:
+    if not isinstance(value, int | float):
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def term_in_words(key: str) -> str:
