@@ -4,9 +4,12 @@ Command:  dino-adapters pretrain pretrain/full_method.py data.source=FOLDER --ou
 Hardware: 2 CPU cores.
 Memory:   0.03 GB of weights, gradients, AdamW's moments and moving average, heads included;
           computed. Activations come on top: not measured.
-Time:     5 min 58 s in one run, on 583 photographs of 128 px.
-Reached:  the class-token term ended its first phase at 6.79 of log K = 6.93: it hardly learned.
-          k-NN and dense features were not measured.
+Time:     9 min 38 s beside other work on the cores, 6 min 11 s of processor time, on the 308 training
+          photographs of a flower set, data.image_size=128.
+Reached:  nearest class mean on 5 flower classes, 5 labels each, read at 96 px, balanced accuracy in
+          % (half the 95 % interval over 10 draws): untrained 28.1 (2.8), pretrain 32.6 (3.0), gram
+          34.6 (2.5), highres 35.1 (2.5), student 30.2 (1.4); image statistics 35.5 (4.5).
+          The class-token term ended its first phase at 5.21 of log K = 5.55.
 
 For images of about 96 to 128 px. Sizes keep DINOv3's relations: Gram teacher at twice the crops,
 then a mixture of larger crops with the Gram teacher at 1.5 times those. A micro network is

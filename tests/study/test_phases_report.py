@@ -39,7 +39,7 @@ def test_each_phase_and_each_student_has_a_curve_and_a_table(tmp_path):
     assert table.header == ("", "pretrain", "gram", "distill")
     numbers = {row[0]: row[1:] for row in table.rows}
     assert numbers["KoLeo"] == ("0.7", "", "")
-    assert numbers["b: KoLeo"] == ("", "", "1.4")
+    assert numbers["b: KoLeo"] == ("", "", "1.7")
     drawn = str(report.figures[0])
     assert all(name in drawn for name in ("distill: a", "distill: b", "pretrain"))
 
