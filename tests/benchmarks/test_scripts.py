@@ -109,5 +109,5 @@ def test_phases(images, script, capsys):
     runs = images / "out" / "runs"
     gram = json.loads((runs / "gram_0/phases/2_refine/recipe.json").read_text())["gram"]
     plain = json.loads((runs / "plain_0/phases/2_refine/recipe.json").read_text())["gram"]
-    assert gram["teacher"] == "pretrain"
+    assert gram["teacher"] == "pretrain@1"
     assert plain is None
