@@ -68,19 +68,30 @@ def test_weights_move_and_the_loss_falls(tiny, tmp_path):
     assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.05
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resuming_repeats_the_uninterrupted_run_to_the_bit(tiny, tmp_path, monkeypatch, workers):
-    recipe = tiny(data={"workers": workers}, model={"drop_path": 0.3})
-    whole = weights(pretrain(tiny(model={"drop_path": 0.3}), RunFolder(tmp_path / "a"), quiet=True))
+# Boundaries of the six steps: the warm-up ends at 1, the ramp of the Gram weight at 2, the frozen
+# prototypes at 3, states are kept at 2 and 4, the Gram teacher is replaced after 2, 4 and 6.
+BOUNDARIES = {
+    "schedule": {"warmup": 1 / 6, "freeze_last_layer": 0.5, "temperature_warmup": 0.5},
+    "gram": {"refresh_every": 2, "ramp": 1 / 3},
+}
+
+
+@pytest.mark.parametrize(("workers", "step"), [*((0, step) for step in range(6)), (2, 4)])
+def test_resuming_repeats_the_uninterrupted_run_to_the_bit(
+    tiny, tmp_path, monkeypatch, workers, step
+):
+    told = {"model": {"drop_path": 0.3}, **BOUNDARIES}
+    recipe = tiny(data={"workers": workers}, **told)
+    whole = weights(pretrain(tiny(**told), RunFolder(tmp_path / "a"), quiet=True))
     folder = RunFolder(tmp_path / "b")
     noted = RunFolder.note
 
-    def stop_in_step_4(self, row):
-        if row["step"] == 4:
+    def stop(self, row):
+        if row["step"] == step:
             raise KeyboardInterrupt
         noted(self, row)
 
-    monkeypatch.setattr(RunFolder, "note", stop_in_step_4)
+    monkeypatch.setattr(RunFolder, "note", stop)
     with pytest.raises(KeyboardInterrupt):
         pretrain(recipe, folder, quiet=True)
     monkeypatch.undo()
