@@ -278,5 +278,6 @@ def _some(keys: list[str], others: int, place: str, readers: Mapping[str, Reader
         raise DataError(f"{place} holds no files. Give one that holds images.")
     raise DataError(
         f"{place} holds {others} file{'s' if others > 1 else ''}, but no image. Images are known "
-        f"by their suffix: {', '.join(sorted(readers))}."
+        f"by their suffix: {', '.join(sorted(readers))}. Convert others, such as "
+        "DICOM and NIfTI, to 16-bit PNG or TIFF first."
     )
