@@ -239,7 +239,7 @@ def test_timm_refuses_a_key_bias_that_acts():
 
 
 class TestBiasMasks:
-    """dinov3.md 3.2: all-zero, missing, [1, 0, 1], NaN."""
+    """What files hold: an all-zero mask, none, [1, 0, 1], NaN."""
 
     config = ViTConfig(**TINY)
 
