@@ -79,10 +79,9 @@ def recipe_of(arguments: argparse.Namespace, name: str, seed: int) -> PretrainRe
     """The recipe of one run: crops of 48 and 24 px of images of 128 px, the training part."""
     data = DataRecipe(source=arguments.data, labels=arguments.labels, image_size=128, workers=1)
     plan = scratch_plan(data, arguments.split, side=128, steps=arguments.steps, seed=seed)
-    shared = plan.changed(
+    shared = plan.changed(FEW_IMAGES).changed(
         {
-            **FEW_IMAGES,
-            "optim": {**FEW_IMAGES["optim"], "batch_size": arguments.batch},
+            "optim": {"batch_size": arguments.batch},
             "checkpoint": {"snapshots": 0},
             "device": arguments.device,
         }

@@ -73,10 +73,9 @@ def base_recipe(arguments: argparse.Namespace, seed: int) -> PretrainRecipe:
     """The settings that all runs share; images are read at one size, Gram or not."""
     data = DataRecipe(source=str(arguments.table), image_size=120, workers=1)
     plan = scratch_plan(data, arguments.table, side=120, steps=arguments.steps[0], seed=seed)
-    return plan.changed(
+    return plan.changed(FEW_IMAGES).changed(
         {
-            **FEW_IMAGES,
-            "optim": {**FEW_IMAGES["optim"], "batch_size": arguments.batch},
+            "optim": {"batch_size": arguments.batch},
             "checkpoint": {"snapshots": 0},
             "device": arguments.device,
         }
@@ -114,7 +113,7 @@ def chain(arguments: argparse.Namespace, seed: int, *, gram: bool) -> PretrainRe
     ]
     if gram:
         refresh = max(second // 3, 1)
-        half = f"pretrain@{first // 2}"
+        half = f"pretrain@{round(first / 2)}"
         phases[1]["gram"] = {"teacher": half, "size": 96, "refresh_every": refresh}
         phases[2]["gram"] = {"teacher": "refine"}
     return base_recipe(arguments, seed).changed({"phases": phases})

@@ -6,6 +6,8 @@ Memory:   0.03 GB of weights, gradients, AdamW's moments and moving average, hea
           computed. Activations come on top: not measured.
 Time:     9 min 38 s beside other work on the cores, 6 min 11 s of processor time, on the 308 training
           photographs of a flower set, data.image_size=128.
+          (split=PHOTOS/splits.csv, and dino-adapters evaluate tasks/web/photos/recipe.py
+          data.source=PHOTOS split=PHOTOS/splits.csv backbone=EXPORT size=96 --out FOLDER)
 Reached:  nearest class mean on 5 flower classes, 5 labels each, read at 96 px, balanced accuracy in
           % (half the 95 % interval over 10 draws): untrained 28.1 (2.8), pretrain 32.6 (3.0), gram
           34.6 (2.5), highres 35.1 (2.5), student 30.2 (1.4); image statistics 35.5 (4.5).

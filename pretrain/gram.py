@@ -11,7 +11,8 @@ The constant schedule, views, local weight and Gram settings are those of the 7B
 are 100,000 here, and other counts shrink alike (refresh after 1,000 steps for 10,000, at most 3 times).
 Network, heads, batch, learning rate and drop path are our choice. Dense features were seen to decay
 in networks above ViT-L; below, this phase may have nothing to repair.
-Images should be larger than the Gram teacher's 512 px, or its view is only blown up.
+Images should have 900 px and more (512 / sqrt(0.32)), or small views of the Gram teacher are only
+blown up.
 """
 
 model = dict(source="vitb16", drop_path=0.2)

@@ -99,3 +99,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return value
+
+
+def exports_below(folder: Path) -> list[Path]:
+    """Export folders right inside this one, as a distillation of several students leaves them."""
+    return sorted(card.parent for card in folder.glob(f"*/{CARD}"))

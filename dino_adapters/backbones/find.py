@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dino_adapters.backbones.card import CARD, WEIGHTS, read_card
+from dino_adapters.backbones.card import CARD, WEIGHTS, exports_below, read_card
 from dino_adapters.backbones.catalog import CATALOG, SAT_MEAN, SAT_STD
 from dino_adapters.backbones.config import ConvNeXtConfig, ViTConfig
 from dino_adapters.backbones.convert import Family, Library, family_of, recognise, to_ours
@@ -115,7 +115,7 @@ def _folder(folder: Path, request: Request) -> Found:
     if (folder / CARD).is_file():
         return _exported(folder, request)
     if not (folder / "config.json").is_file():
-        inside = sorted(card.parent for card in folder.glob(f"*/{CARD}"))
+        inside = exports_below(folder)
         hint = "Name a folder that export wrote, or one of timm or transformers."
         if inside:
             hint = f"Did you mean {' or '.join(map(str, inside))}?"

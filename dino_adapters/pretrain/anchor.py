@@ -71,6 +71,12 @@ class GramAnchor:
             self.network.load_state_dict(self.average.state_dict())
 
 
+def first_refresh(recipe: GramRecipe) -> int:
+    """After how many steps the Gram teacher is first replaced; 0 without refreshes."""
+    every = recipe.refresh_every
+    return 0 if every is None else -(-max(recipe.first_refresh, 1) // every) * every
+
+
 def refresh_is_due(step: int, recipe: GramRecipe) -> bool:
     """Whether the Gram teacher is replaced after this step; a pure function of the step.
 
@@ -79,5 +85,5 @@ def refresh_is_due(step: int, recipe: GramRecipe) -> bool:
     every, done = recipe.refresh_every, step + 1
     if every is None or done < recipe.first_refresh or done % every:
         return False
-    before = done // every - -(-max(recipe.first_refresh, 1) // every)
+    before = done // every - first_refresh(recipe) // every
     return recipe.max_refreshes is None or before < recipe.max_refreshes

@@ -12,6 +12,7 @@ from torch import nn
 
 from dino_adapters.backbones import ConvNeXt, VisionTransformer, build_network
 from dino_adapters.contracts import BackboneInfo, Network, RecipeError, ShapeError
+from dino_adapters.pretrain.anchor import first_refresh
 from dino_adapters.pretrain.distill import Distillation, FeatureDistillation
 from dino_adapters.pretrain.intake import Intake
 from dino_adapters.pretrain.learner import Learner, SelfDistillation
@@ -60,15 +61,13 @@ def make_learner(
             f"gram.tokens is {recipe.gram.tokens}, and {info.name} trains without masks. Set "
             "gram.tokens=all."
         )
-    gram = recipe.gram
-    if gram is not None and gram.refresh_every is not None and gram.max_refreshes != 0:
-        due = max(gram.first_refresh, gram.refresh_every)
-        if due > recipe.steps:
-            LOGGER.warning(
-                "The Gram teacher is never refreshed: the first time is after step %d of %d.",
-                due,
-                recipe.steps,
-            )
+    if recipe.gram is not None and first_refresh(recipe.gram) > recipe.steps:
+        LOGGER.warning(
+            "The Gram teacher is never refreshed: it would be after %d steps, and there are %d. "
+            "Lower gram.refresh_every or gram.first_refresh, if it should.",
+            first_refresh(recipe.gram),
+            recipe.steps,
+        )
     previous = origin.previous
     if origin.start == "teacher" and previous is not None:
         export = str(previous.export)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dino_adapters.backbones import export_backbone
+from dino_adapters.backbones.weights import DINOV3_LICENCE_ID
 from dino_adapters.contracts import BackboneInfo
 from dino_adapters.pretrain.distill import FeatureDistillation
 from dino_adapters.pretrain.learner import Learner
@@ -58,7 +59,8 @@ def export_averages(
                 "training": dict(teacher.training),
             }
             # What binds a teacher's weights may bind what was made from them.
-            licence = teacher.licence if licence in ("none", "") else licence
+            if licence == "none" or teacher.licence == DINOV3_LICENCE_ID:
+                licence = teacher.licence
         now = replace(
             info,
             licence=licence,

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dino_adapters.backbones import build_network
+from dino_adapters.backbones.card import exports_below
 from dino_adapters.contracts import BackboneInfo, RecipeError, WeightsError
 from dino_adapters.pretrain.objective import CENTER, Tensors, make_networks
 from dino_adapters.recipes.sections import GramRecipe, ObjectiveRecipe
@@ -53,7 +54,7 @@ class Origin:
         if name not in self.earlier:
             return word
         folder = self.earlier[name]
-        made = sorted(path.parent.name for path in folder.export.glob("*/card.json"))
+        made = [path.name for path in exports_below(folder.export)]
         if made and student not in made:
             raise RecipeError(
                 f"The phase {name} made {len(made)} students. Name one: "

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from dino_adapters.backbones.card import CARD
 from dino_adapters.contracts import RecipeError, ShapeError, UnknownNameError, WeightsError
 from dino_adapters.data import load_source
 from dino_adapters.pretrain.assemble import NOTHING_TO_RESUME, import_modules, make_optimizer
@@ -26,7 +27,6 @@ from dino_adapters.runtime.console import Notices
 from dino_adapters.runtime.runfolder import RunFolder
 
 LOGGER = logging.getLogger(__name__)
-CARD = "card.json"
 
 
 def pretrain(

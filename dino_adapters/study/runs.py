@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dino_adapters.backbones.card import exports_below
 from dino_adapters.contracts import DataError, Figure, Metric, Report, Table
 from dino_adapters.runtime.console import duration
 from dino_adapters.runtime.runfolder import RunFolder
@@ -123,9 +124,8 @@ def phases_report(folder: RunFolder, recipe: Mapping[str, Any]) -> Report:
 
 def delivered(folder: RunFolder) -> str:
     """Where the backbones are, in a sentence."""
-    students = sorted(card.parent.name for card in folder.export.glob("*/card.json"))
-    if students:
-        named = ", ".join(f"export/{name}" for name in students)
+    if students := exports_below(folder.export):
+        named = ", ".join(f"export/{path.name}" for path in students)
         return f"The frozen backbones are in {named}; load_backbone opens each."
     last = " of the last phase" if folder.phases else ""
     return f"The frozen backbone{last} is in the folder export; load_backbone opens it."

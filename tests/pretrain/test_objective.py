@@ -10,9 +10,10 @@ from dino_adapters.pretrain import pretrain
 from dino_adapters.pretrain.augment import Crops
 from dino_adapters.pretrain.learner import SelfDistillation
 from dino_adapters.pretrain.masks import block_masks
-from dino_adapters.pretrain.objective import Balance
+from dino_adapters.pretrain.objective import Balance, learn
 from dino_adapters.pretrain.optim import Knobs, Timetable
-from dino_adapters.pretrain.prototypes import GAIN
+from dino_adapters.pretrain.prototypes import GAIN, ProjectionHead
+from dino_adapters.pretrain.regularizers import sigreg_loss
 from dino_adapters.recipes.sections import GramRecipe, ObjectiveRecipe
 from dino_adapters.runtime.runfolder import RunFolder
 
@@ -67,7 +68,6 @@ def test_each_regularizer_trains_under_its_own_name(regularizer):
             fresh.losses(given, knobs()).terms[regularizer],
             fresh.student["backbone"].get_parameter("cls_token"),
         )
-        # SIGReg on the bottleneck of these heads would have 2e-6 here, and do nothing.
         assert gradient.norm() > 0.1
     after = made.losses(given, knobs()).total
     assert after.isfinite()
@@ -167,6 +167,21 @@ def test_the_local_weight_moves_in_half_a_cosine(tiny):
     assert told[5] == pytest.approx(0.75)
     assert told[10:] == [0.5] * 10
     assert told[:11] == sorted(told[:11], reverse=True)
+
+
+def test_sigreg_would_do_nothing_on_the_bottleneck_of_a_small_head():
+    """Why it looks at class tokens: values near 0 have next to no gradient."""
+    fresh = learner()
+    cls = learn(fresh.student, crops(4), hide=True).cls[0]
+    head = fresh.student["dino_head"]
+    assert isinstance(head, ProjectionHead)
+    bottleneck = head.trunk(cls)
+    token = fresh.student["backbone"].get_parameter("cls_token")
+    there, here = (
+        torch.autograd.grad(sigreg_loss(x, step=0), token, retain_graph=True)[0].norm()
+        for x in (bottleneck, cls)
+    )
+    assert there < 1e-4 * here
 
 
 @pytest.mark.parametrize("regularizer", ["kde", "sigreg"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dino_adapters.backbones import load_backbone
+from dino_adapters.backbones import build_network, load_backbone
 from dino_adapters.backbones.save import LICENCE_FILE
 from dino_adapters.backbones.weights import DINOV3_LICENCE_ID
 from dino_adapters.contracts import (
@@ -26,6 +26,7 @@ from dino_adapters.pretrain.optim import Timetable
 from dino_adapters.pretrain.origin import FRESH, Origin
 from dino_adapters.recipes.pretrain import PretrainRecipe
 from dino_adapters.recipes.read import read_recipe
+from dino_adapters.runtime.console import Notices
 from dino_adapters.runtime.runfolder import RunFolder
 
 VIT = {"source": "vitmicro8", "architecture": {"embed_dim": 16, "num_heads": 2, "depth": 1}}
@@ -395,12 +396,17 @@ def test_one_of_several_students_teaches_on(tiny, tmp_path):
         pretrain(tiny(phases=[FIRST, two, third]), RunFolder(tmp_path / "b"), quiet=True)
 
 
-def test_a_licence_goes_from_teacher_to_student(tiny, tmp_path):
-    export = pretrain(tiny(steps=1), RunFolder(tmp_path / "a"), quiet=True)
-    card = json.loads((export / "card.json").read_text())
-    card["info"]["licence"] = DINOV3_LICENCE_ID
-    (export / "card.json").write_text(json.dumps(card))
-    told = tiny(steps=1, distill={"teacher": str(export), "students": {"s": VIT}})
+@pytest.mark.parametrize("own", ["none", "apache-2.0"])
+def test_a_licence_goes_from_teacher_to_student(tiny, tmp_path, own):
+    exports = {}
+    for licence in (DINOV3_LICENCE_ID, own):
+        export = pretrain(tiny(steps=1), RunFolder(tmp_path / licence), quiet=True)
+        card = json.loads((export / "card.json").read_text())
+        card["info"]["licence"] = licence
+        (export / "card.json").write_text(json.dumps(card))
+        exports[licence] = str(export)
+    students = {"s": {"source": exports[own]}}
+    told = tiny(steps=1, distill={"teacher": exports[DINOV3_LICENCE_ID], "students": students})
     student = pretrain(told, RunFolder(tmp_path / "b"), quiet=True)
     info = load_backbone(student).info
     assert info.licence == info.training["teacher"]["licence"] == DINOV3_LICENCE_ID
@@ -540,3 +546,25 @@ def test_heads_of_another_maker_are_refused_with_a_sentence(tiny, tmp_path, sent
     plan = tiny(distill={"teacher": str(export), "students": {"s": VIT}})
     with pytest.raises(WeightsError, match=sentence):
         assemble(plan, RunFolder(tmp_path / "b"), resume=False)
+
+
+@pytest.mark.parametrize(("first", "said"), [(5, "after 8 steps, and there are 6"), (3, "")])
+def test_a_refresh_that_is_never_due_is_said(tiny, tmp_path, caplog, first, said):
+    plan = tiny(gram={"refresh_every": 4, "first_refresh": first})
+    assemble(plan, RunFolder(tmp_path / "a"), resume=False)
+    assert ("never refreshed" in caplog.text) == bool(said)
+    assert said in caplog.text
+
+
+def test_replaced_statistics_of_trained_weights_are_said(tiny, tmp_path):
+    export = pretrain(tiny(steps=1), RunFolder(tmp_path / "a"), quiet=True)
+    for mean, said in (((0.485, 0.456, 0.406), False), ((0.1, 0.456, 0.406), True)):
+        notices = Notices()
+        build_network(export, mean=mean, notices=notices)
+        assert any("Mean and std" in line for line in notices.summary()) == said
+
+
+def test_a_run_folder_in_place_of_its_export_is_put_right(tiny, tmp_path):
+    export = pretrain(tiny(steps=1), RunFolder(tmp_path / "a"), quiet=True)
+    with pytest.raises(WeightsError, match=r"Did you mean .*a/export\?"):
+        load_backbone(export.parent)

@@ -54,3 +54,13 @@ def test_phases_are_in_the_order_of_their_numbers(tmp_path):
     for index in (10, 2, 1):
         folder.phase(index, f"p_{index}").path.mkdir(parents=True)
     assert list(folder.phases) == ["p_1", "p_2", "p_10"]
+
+
+def test_several_students_are_named_one_by_one(tmp_path):
+    folder = phased(tmp_path, ended=["pretrain", "gram", "distill"])
+    for name in ("b", "a"):
+        (folder.export / name).mkdir(parents=True)
+        (folder.export / name / "card.json").write_text("{}")
+    assert run_report(folder).summary[1] == (
+        "The frozen backbones are in export/a, export/b; load_backbone opens each."
+    )
