@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from json import loads as read_json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,7 +19,6 @@ from dino_adapters.cli.options import (
     Overrides,
     Overwrite,
     Quiet,
-    RecipeWord,
     Shots,
     ValueRange,
     band_names,
@@ -25,6 +26,10 @@ from dino_adapters.cli.options import (
     recipe_and_overrides,
     shot_counts,
 )
+
+if TYPE_CHECKING:
+    from dino_adapters.recipes.pretrain import PretrainRecipe
+    from dino_adapters.runtime.runfolder import RunFolder
 
 
 def start(
@@ -101,14 +106,52 @@ def start(
 
 
 def pretrain(
-    recipe: RecipeWord,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RECIPE",
+            help="Recipe file (.py, .yaml, .json). A .py recipe is code: run only those you trust.",
+            show_default=False,
+        ),
+    ] = None,
     overrides: Overrides = None,
     *,
-    out: Out,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="Where the run lives.", show_default=False),
+    ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint of the run in --out.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on from the last good state of the run in --out, or start it if there is "
+            "none: the same command for a job that is queued again.",
+        ),
+    ] = False,
+    accept_changes: Annotated[
+        bool,
+        typer.Option(
+            "--accept-changes", help="With --resume: go on although settings have changed."
+        ),
     ] = False,
     overwrite: Overwrite = False,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            help="Train nothing: say what the recipe comes to for these images, and what memory "
+            "and time it takes here, by a short trial.",
+        ),
+    ] = False,
+    replay: Annotated[
+        Path | None,
+        typer.Option(
+            "--replay",
+            metavar="FOLDER",
+            help="Train nothing: compute a step again that was left out as it was not finite.",
+            show_default=False,
+        ),
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -118,18 +161,36 @@ def pretrain(
     `dino-adapters pretrain pretrain/smoke.py data.source=photos --out runs/a`
 
     `dino-adapters pretrain pretrain/smoke.py data.source=photos --out runs/a --resume`
+
+    `dino-adapters pretrain pretrain/smoke.py data.source=photos --plan`
+
+    On several GPUs: `torchrun --nproc-per-node 4 --no-python dino-adapters pretrain …`
     """
     from dino_adapters.contracts import RecipeError
     from dino_adapters.recipes.pretrain import PretrainRecipe
     from dino_adapters.recipes.read import read_recipe
     from dino_adapters.runtime.runfolder import RunFolder
 
+    if replay is not None:
+        show_replay(replay, json=json, quiet=quiet)
+        return
+    if recipe is None:
+        raise RecipeError("No recipe was given. Name one, such as pretrain/smoke.py.")
     path, words = recipe_and_overrides(recipe, overrides)
     settings = read_recipe(path, PretrainRecipe, words)
+    if plan:
+        show_plan(settings, json=json, quiet=quiet)
+        return
+    if out is None:
+        raise RecipeError("No folder was given for the run. Add --out FOLDER.")
     if resume and overwrite:
         raise RecipeError("--resume goes on with a run and --overwrite removes it. Give one.")
+    if accept_changes and not resume:
+        raise RecipeError("--accept-changes belongs to --resume. Add that, or leave it out.")
     folder = RunFolder(out)
-    screen.start_messages(quiet=quiet or json, folder=folder, afresh=overwrite)
+    leads = os.environ.get("RANK", "0") == "0"
+    quiet = quiet or not leads
+    screen.start_messages(quiet=quiet or json, folder=folder if leads else None, afresh=overwrite)
     from dino_adapters.pretrain import pretrain as train
 
     exported = train(
@@ -137,19 +198,57 @@ def pretrain(
         folder,
         resume=resume,
         overwrite=overwrite,
+        accept_changes=accept_changes,
         overrides=words,
         quiet=quiet or json,
     )
-    rows = [folder, *folder.phases.values()][-1].rows()
+    if leads:
+        show_pretrained(folder, exported, json=json)
+
+
+def show_pretrained(folder: RunFolder, exported: Path, *, json: bool) -> None:
+    """Where the result is, what the gate said, and what to do with it."""
+    rows = [folder, *folder.phases.values()][-1].rows_with("loss")
+    gate = folder.path / "gate.json"
+    verdict = read_json(gate.read_text(encoding="utf-8")) if gate.exists() else None
     if json:
-        screen.as_json({"run": str(out), "export": str(exported), "last": rows[-1] if rows else {}})
+        found = {"run": str(folder.path), "export": str(exported)}
+        screen.as_json(found | {"last": rows[-1] if rows else {}, "verdict": verdict})
         return
     exports = sorted(card.parent for card in exported.rglob("card.json"))
     screen.say(
+        *([verdict["sentence"]] if verdict else []),
         *(f"A frozen backbone is in {path}." for path in exports),
-        f"Next: dino-adapters report {out}",
-        f"      dino-adapters embed {exports[0]} DATA --out {out / 'features'}",
+        f"Next: dino-adapters report {folder.path}",
+        f"      dino-adapters embed {exports[0]} DATA --out {folder.path / 'features'}",
     )
+
+
+def show_plan(recipe: PretrainRecipe, *, json: bool, quiet: bool) -> None:
+    """What a run would be, by a short trial."""
+    screen.start_messages(quiet=quiet or json)
+    from dino_adapters.pretrain.plan import make_plan
+
+    found = make_plan(recipe)
+    if json:
+        screen.as_json(found.as_json())
+        return
+    screen.show(found.table())
+    screen.say(*found.lines())
+
+
+def show_replay(place: Path, *, json: bool, quiet: bool) -> None:
+    """What a refused step shows when it is computed again."""
+    screen.start_messages(quiet=quiet or json)
+    from dataclasses import asdict
+
+    from dino_adapters.pretrain.replay import replay
+
+    found = replay(place)
+    if json:
+        screen.as_json(asdict(found))
+        return
+    screen.say(*found.sentences())
 
 
 def export(

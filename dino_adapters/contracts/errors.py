@@ -14,8 +14,10 @@ DinoAdaptersError                       exit code
 ├── NotFittedError(ValueError)                  6
 ├── TrainingStopped(RuntimeError)               7
 │   ├── NotFiniteError
-│   └── CollapseError
+│   ├── CollapseError
+│   └── Preempted                              75
 └── CheckpointError(RuntimeError)               8
+    └── DiskFullError
 """
 
 
@@ -103,7 +105,20 @@ class CollapseError(TrainingStopped):
     """All images get the same embedding."""
 
 
+class Preempted(TrainingStopped):
+    """The job was told to end (SIGTERM) and saved its state; the same command goes on.
+
+    75 is EX_TEMPFAIL of sysexits.h: clusters can be told to queue a job again on it.
+    """
+
+    exit_code = 75
+
+
 class CheckpointError(DinoAdaptersError, RuntimeError):
     """A checkpoint that is missing, damaged or of another run."""
 
     exit_code = 8
+
+
+class DiskFullError(CheckpointError):
+    """No room for a checkpoint; nothing of it is left, and earlier ones are whole."""

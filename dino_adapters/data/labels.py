@@ -53,12 +53,12 @@ def read_labels(
     table = Path(where).expanduser()
     notices = Notices() if notices is None else notices
     rows = read_table(table, needed=("label",), notices=notices)
-    known, bases = frozenset(keys), _bases(table, root)
+    known, bases = frozenset(keys), bases_of(table, root)
     labels: dict[str, str] = {}
     groups: dict[str, str] = {}
     lost = []
     for row in rows:
-        key = _key_of(row["path"], known, bases)
+        key = key_of(row["path"], known, bases)
         if key is None:
             lost.append(row["path"])
             continue
@@ -148,14 +148,14 @@ def _folder_names(root: Path, keys: Sequence[str]) -> dict[str, str]:
     return labels
 
 
-def _bases(table: Path, root: Path) -> list[tuple[str, str]]:
+def bases_of(table: Path, root: Path) -> list[tuple[str, str]]:
     """Pairs of the table's folder and the root, as spelt and with links resolved."""
     folders = dict.fromkeys((os.path.abspath(table.parent), os.path.realpath(table.parent)))
     roots = dict.fromkeys((os.path.abspath(root), os.path.realpath(root)))
     return [(folder, top) for folder in folders for top in roots]
 
 
-def _key_of(path: str, known: Collection[str], bases: Sequence[tuple[str, str]]) -> str | None:
+def key_of(path: str, known: Collection[str], bases: Sequence[tuple[str, str]]) -> str | None:
     """The key that a row means: its path from the root, from the table, or from the disk's top."""
     key = PurePosixPath(os.path.normpath(path).replace(os.sep, "/")).as_posix()
     if key in known:

@@ -1,16 +1,19 @@
-"""Gram anchoring: an older network that the student's patch similarities are tied to."""
+"""Older networks that the student is tied to: its patch similarities, and its class tokens."""
 
 from __future__ import annotations
 
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dino_adapters.contracts import Features
 from dino_adapters.pretrain.augment import Crops
 from dino_adapters.pretrain.gram import gram_loss, resize_tokens
+from dino_adapters.pretrain.losses import exact
 from dino_adapters.pretrain.objective import Learning, Teaching
-from dino_adapters.recipes.sections import GramRecipe
+from dino_adapters.recipes.teachers import GramRecipe
 
 
 class GramAnchor:
@@ -18,8 +21,9 @@ class GramAnchor:
 
     Args:
         recipe: the Gram section of the phase.
-        network: the Gram teacher's backbone; None takes a copy of `average` until its first copy,
-            or with `teacher="live"` the moving average's own tokens.
+        network: the Gram teacher's backbone, copied unless it is that of the start; None takes a
+            copy of `average` until its first copy, or with `teacher="live"` the moving average's
+            own tokens.
         average: the moving average's backbone, which copies are taken from.
 
     Attributes:
@@ -29,7 +33,9 @@ class GramAnchor:
     def __init__(self, recipe: GramRecipe, network: nn.Module | None, average: nn.Module) -> None:
         self.recipe, self.average = recipe, average
         self.network: nn.Module | None = None
-        if recipe.teacher != "live":
+        if recipe.teacher == "start":
+            self.network = network
+        elif recipe.teacher != "live":
             source = average if network is None else network
             self.network = copy.deepcopy(source).requires_grad_(False).eval()
         self.copy_at = 0 if recipe.copy_at is None and recipe.teacher == "ema" else recipe.copy_at
@@ -45,13 +51,27 @@ class GramAnchor:
             self._copy()
 
     @torch.no_grad()
-    def tokens(self, crops: Crops, teacher: Teaching, grid: tuple[int, int]) -> Tensor:
+    def tokens(
+        self,
+        crops: Crops,
+        teacher: Teaching,
+        grid: tuple[int, int],
+        start: Features | None = None,
+    ) -> Tensor:
         """The Gram teacher's patch tokens `(G * B, N, D)`, brought to the student's grid.
 
         They are resized before any normalisation, as in arXiv 2508.10104.
+
+        Args:
+            crops: the views.
+            teacher: what the moving average makes of them.
+            grid: the student's patches per column and row.
+            start: what the network of the start makes of the global crops, where it was asked.
         """
         if self.network is None:
             return teacher.patches
+        if self.recipe.teacher == "start" and start is not None and crops.gram_crops is None:
+            return start.patches
         images = crops.global_crops if crops.gram_crops is None else crops.gram_crops
         seen = self.network(images)
         r = self.recipe
@@ -69,6 +89,17 @@ class GramAnchor:
     def _copy(self) -> None:
         if self.network is not None:
             self.network.load_state_dict(self.average.state_dict())
+
+
+def class_gap(student: Tensor, start: Tensor) -> Tensor:
+    """Mean of `1 - cos` between class tokens of the same global crops.
+
+    Args:
+        student: `(G, B, D)`.
+        start: `(G * B, D)`; receives no gradient.
+    """
+    own = exact(student).flatten(0, 1)
+    return (1 - F.cosine_similarity(own, exact(start.detach()), dim=-1)).mean()
 
 
 def first_refresh(recipe: GramRecipe) -> int:

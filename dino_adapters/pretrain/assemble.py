@@ -4,133 +4,51 @@ from __future__ import annotations
 
 import importlib
 import logging
-import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dino_adapters.backbones import ConvNeXt, VisionTransformer
-from dino_adapters.backbones.draws import RandomDraws
-from dino_adapters.contracts import BackboneInfo, RecipeError
-from dino_adapters.data import load_source
-from dino_adapters.pretrain.augment import Crops, MultiCrop
-from dino_adapters.pretrain.build import make_learner
-from dino_adapters.pretrain.checkpoint import (
-    Progress,
-    checkpoints,
-    fed,
-    load_checkpoint,
-    take_over,
-)
-from dino_adapters.pretrain.delivery import export_averages, method_of
+from dino_adapters.backbones.lora import share_frozen
+from dino_adapters.contracts import BackboneInfo, CheckpointError, RecipeError
+from dino_adapters.data import ImageSource, load_source
+from dino_adapters.data.metadata import Metadata, entangled, read_metadata
+from dino_adapters.pretrain.augment import MultiCrop
+from dino_adapters.pretrain.build import make_learner, stem_parameters
+from dino_adapters.pretrain.checkpoint import Progress, meta_of, newest_good
+from dino_adapters.pretrain.delivery import method_of
 from dino_adapters.pretrain.feed import Feed
+from dino_adapters.pretrain.guides import columns_of
 from dino_adapters.pretrain.intake import Intake
 from dino_adapters.pretrain.learner import Learner
-from dino_adapters.pretrain.masks import block_masks, reference_block_limit
 from dino_adapters.pretrain.optim import parameter_groups
 from dino_adapters.pretrain.origin import FRESH, Origin
+from dino_adapters.pretrain.parallel import divide, shard_networks
+from dino_adapters.pretrain.ranks import ALONE, ProcessGroup
+from dino_adapters.pretrain.resolve import Reason, resolve
 from dino_adapters.pretrain.resume import check_same_inputs, check_same_run, describe_inputs
-from dino_adapters.pretrain.sizes import sizes_at, snapshot_steps
+from dino_adapters.pretrain.run import Known, Run
+from dino_adapters.pretrain.watch import is_before
 from dino_adapters.recipes.pretrain import PretrainRecipe
-from dino_adapters.runtime.chance import derive, generator
 from dino_adapters.runtime.console import Notices
 from dino_adapters.runtime.runfolder import RunFolder
-from dino_adapters.runtime.world import pick_device
+from dino_adapters.runtime.world import ALONE as ALONE_WORLD
+from dino_adapters.runtime.world import World, pick_device
 
 LOGGER = logging.getLogger(__name__)
 NOTHING_TO_RESUME = "%s holds no run to resume: starting with the first step."
-
-
-@dataclass
-class Run:
-    """Everything that the loop moves."""
-
-    recipe: PretrainRecipe
-    learner: Learner
-    infos: dict[str, BackboneInfo]
-    optimizer: torch.optim.Optimizer
-    feed: Feed
-    views: MultiCrop
-    progress: Progress
-    notices: Notices
-    inputs: dict[str, Any]
-
-    @property
-    def patch_size(self) -> int:
-        """The coarsest patch of all networks, which crop sizes refer to."""
-        return max(info.patch_size for info in self.infos.values())
-
-    def batches(self) -> Iterator[tuple[int, Tensor]]:
-        """The steps still to do, each with its images `(B, C, S, S)` in 0..1."""
-        first = self.progress.step
-        return enumerate(self.feed.batches(first, self.recipe.steps), start=first)
-
-    def crops(self, step: int, images: Tensor) -> Crops:
-        """Views and masks of a step, on the device."""
-        seed, gram = self.recipe.seed, self.recipe.gram
-        images = images.to(self.learner.device, non_blocking=True)
-        sizes = sizes_at(step, self.recipe)
-        global_crops, local_crops, gram_crops = self.views(
-            images,
-            generator(seed, "views", step),
-            sizes,
-            distort_gram=gram is not None and gram.distort,
-        )
-        masks = None
-        if self.learner.with_ibot:
-            told = self.recipe.masks
-            side = sizes.global_size // self.patch_size
-            reference = reference_block_limit(sizes.global_size, self.patch_size)
-            masks = block_masks(
-                len(global_crops),
-                (side, side),
-                random.Random(derive(seed, "masks", step)),
-                probability=told.probability,
-                ratio=told.ratio,
-                most=reference if told.block_limit == "reference" else None,
-                bins=told.bins,
-                shift=told.shift,
-            ).to(self.learner.device)
-        return Crops(global_crops, local_crops, masks, len(images), gram_crops)
-
-    def seed_draws(self, step: int) -> None:
-        """Ties the networks' own draws (drop path, rotary coordinates) to the step."""
-        for name, networks in self.learner.students.items():
-            backbone = networks["backbone"]
-            if isinstance(backbone, VisionTransformer | ConvNeXt):
-                purpose = f"network/{name}" if name else "network"
-                backbone.set_draws(RandomDraws(generator(self.recipe.seed, purpose, step)))
-
-    def modules(self) -> dict[str, nn.Module]:
-        """Everything that is trained: backbone and heads of each student, by name."""
-        return {
-            f"{name}/{part}" if name else part: module
-            for name, networks in self.learner.students.items()
-            for part, module in networks.items()
-        }
-
-    @property
-    def snapshot_steps(self) -> frozenset[int]:
-        """After which steps the moving average is exported; the last step has its export anyway."""
-        return snapshot_steps(self.recipe)
-
-    def export(self, folder: Path, step: int, seconds: float) -> Path:
-        """Writes the moving averages, backbone and heads."""
-        said = {"images": len(self.feed.keys), "steps": step, "seconds": round(seconds, 1)}
-        said["images_seen"] = step * self.recipe.optim.batch_size
-        return export_averages(self.recipe, self.learner, self.infos, folder, said)
 
 
 def assemble(
     recipe: PretrainRecipe,
     folder: RunFolder,
     *,
+    world: World = ALONE_WORLD,
     resume: bool,
     overwrite: bool = False,
+    accept_changes: bool = False,
     overrides: Sequence[str] = (),
     notices: Notices | None = None,
     origin: Origin = FRESH,
@@ -143,26 +61,53 @@ def assemble(
         CheckpointError: the run in the folder was told, or fed, something else.
     """
     import_modules(recipe.imports)
-    told = recipe.model_dump(mode="json")
-    device = pick_device(recipe.device)
-    going_on = resume and folder.holds_a_run
-    saved = checkpoints(folder.checkpoints) if going_on else []
-    recipe = settle_precision(recipe, device, saved or earlier_states(origin))
     notices = Notices() if notices is None else notices
-    intake = Intake(load_source(recipe.data, notices=notices), recipe, notices)
-    learner, infos = make_learner(recipe, intake, origin, device, notices)
-    info = infos[""]
-    inputs = describe_inputs(intake, info) | {"precision": recipe.precision}
+    going_on = resume and folder.holds_a_run
+    saved = newest_state(folder, world) if going_on else None
+    settled = settle_precision(recipe, world, saved, earlier_state(origin, world))
+    run = build_run(settled, world, origin, notices)
+    asked = recipe.model_dump(mode="json")
+    told = run.recipe.model_dump(mode="json") | {"precision": recipe.precision}
     if resume and not going_on and not origin.phased:
         LOGGER.warning(NOTHING_TO_RESUME, folder.path)
-    if going_on:
-        check_same_run(folder, told)
-    else:
-        if overwrite:
-            folder.empty()  # only now: everything that could be refused was accepted
-        folder.begin(told, overrides)
+    if world.leads:
+        if going_on:
+            check_same_run(folder, asked, told, accept=accept_changes)
+        else:
+            if overwrite:
+                folder.empty()  # only now: everything that could be refused was accepted
+            folder.begin(told, overrides, asked=asked)
+    world.wait()
+    start(run, saved, origin)
+    if going_on and world.leads:
+        folder.keep_rows(lambda row: is_before(row, run.progress.step))
+    announce(run)
+    return run
 
-    progress = Progress(0, 0.0)
+
+def build_run(recipe: PretrainRecipe, world: World, origin: Origin, notices: Notices) -> Run:
+    """A run before its first step, which no folder knows of.
+
+    Raises:
+        RecipeError, DataError, WeightsError, ShapeError: something does not fit.
+    """
+    device = pick_device(recipe.device, world)
+    source = load_source(recipe.data, notices=notices)
+    intake = Intake(source, recipe, notices)
+    recipe, reasons = resolve(recipe, len(intake.keys))
+    say(reasons)
+    check_division(recipe, world)
+    metadata = read_guides(recipe, source, intake, notices)
+    ranks = ALONE if world.size == 1 else ProcessGroup()
+    learner, infos = make_learner(recipe, intake, origin, device, notices, ranks, metadata)
+    info = infos[""]
+    templates: dict[str, nn.ModuleDict] = {}
+    if recipe.parallel.sharding == "full" and world.size > 1:
+        templates = {name: deepcopy(networks).cpu() for name, networks in learner.averages.items()}
+        shard_networks(learner, world)
+    elif recipe.lora is not None:
+        for name, networks in learner.averages.items():
+            share_frozen(networks["backbone"], learner.students[name]["backbone"])
     feed = Feed(
         intake.keys,
         intake.decoder(info),
@@ -173,40 +118,136 @@ def assemble(
         memory_gb=recipe.data.memory_gb,
         max_unreadable=recipe.data.max_unreadable,
         notices=notices,
+        share=divide(recipe.optim.batch_size, world),
     )
-    views = MultiCrop(recipe.crops, info)
-    optimizer = make_optimizer(learner, recipe)
-    run = Run(recipe, learner, infos, optimizer, feed, views, progress, notices, inputs)
-    if saved:
-        check_same_inputs(saved[-1], fed(saved[-1]), inputs)
-        run.progress = load_checkpoint(saved[-1], learner, run.optimizer)
-    elif origin.start == "state" and origin.previous is not None:
-        # Also after an interruption before the first checkpoint of this phase.
-        take_over(learner, run.optimizer, checkpoints(origin.previous.checkpoints)[-1])
-    if going_on:
-        folder.drop_rows_from(run.progress.step)
     if intake.size_note:
         LOGGER.info("%s", intake.size_note)
-    announce(run)
-    return run
+    return Run(
+        recipe,
+        learner,
+        infos,
+        make_optimizer(learner, recipe),
+        source,
+        feed,
+        MultiCrop(recipe.crops, info),
+        Progress(0, 0.0),
+        notices,
+        describe_inputs(intake, info, metadata) | {"precision": recipe.precision},
+        world,
+        Known.about(intake.keys, source.groups, metadata),
+        trained=[
+            parameter
+            for networks in learner.students.values()
+            for parameter in networks.parameters()
+            if parameter.requires_grad
+        ],
+        stem=stem_parameters(learner, infos),
+        templates=templates,
+    )
+
+
+def say(reasons: Sequence[Reason]) -> None:
+    """Says what was settled and why, and what speaks against given values."""
+    for reason in reasons:
+        LOGGER.log(logging.WARNING if reason.warning else logging.INFO, "%s", reason.sentence)
+
+
+def start(run: Run, saved: Path | None, origin: Origin) -> None:
+    """Restores the run's own state, or takes over that of the phase before."""
+    if saved is not None:
+        meta = meta_of(saved)
+        check_same_inputs(saved, meta.inputs, run.inputs)
+        run.restore(saved)
+        run.progress = meta.progress
+    elif origin.start == "state" and (before := earlier_state(origin, run.world)) is not None:
+        # Also after an interruption before the first checkpoint of this phase.
+        run.restore(before, without=("gram/", "start/"))
+        run.learner.remember_start()
+
+
+def check_division(recipe: PretrainRecipe, world: World) -> None:
+    """Refuses batches that do not divide over the processes.
+
+    Raises:
+        RecipeError: with the nearest batch sizes.
+    """
+    batch = recipe.optim.batch_size
+    if batch % world.size:
+        below = max(batch // world.size, 1) * world.size
+        raise RecipeError(
+            f"optim.batch_size is {batch}, which {world.size} processes cannot share evenly. Take "
+            f"{below} or {below + world.size}."
+        )
+    gram, micro = recipe.gram, recipe.parallel.micro_batch
+    divided = world.size > 1 or (micro is not None and micro < batch)
+    if gram is not None and divided and (gram.level == "batch" or gram.tokens != "all"):
+        raise RecipeError(
+            "The batch is divided over micro-batches or devices, and gram compares patches across "
+            "all of it. Set gram.level=image and gram.tokens=all, or do not divide it."
+        )
+
+
+def read_guides(
+    recipe: PretrainRecipe, source: ImageSource, intake: Intake, notices: Notices
+) -> Metadata | None:
+    """The columns that guides need.
+
+    Raises:
+        RecipeError: there are guides and no table, or the other way round.
+        DataError: the table does not suit them.
+    """
+    if bool(recipe.guides) != (recipe.data.metadata is not None):
+        one, other = ("guides", "data.metadata") if recipe.guides else ("data.metadata", "guides")
+        raise RecipeError(f"{one} is given without {other}. Give both, or leave it out.")
+    if recipe.data.metadata is None:
+        return None
+    metadata = read_metadata(
+        recipe.data.metadata,
+        source.root,
+        intake.keys,
+        columns_of(recipe.guides),
+        notices=notices,
+    )
+    for sentence in entangled(metadata, {g.column: g.effect for g in recipe.guides}):
+        LOGGER.warning("%s", sentence)
+    return metadata
 
 
 def settle_precision(
-    recipe: PretrainRecipe, device: torch.device, saved: Sequence[Path]
+    recipe: PretrainRecipe, world: World, saved: Path | None, earlier: Path | None
 ) -> PretrainRecipe:
     """The recipe with `precision=auto` settled: by the device, or as the last state was made."""
     if recipe.precision != "auto":
         return recipe
+    device = pick_device(recipe.device, world)
     settled = "bf16" if device.type == "cuda" else "fp32"
-    if saved and (before := fed(saved[-1])["precision"]) != settled:
+    known = saved or earlier
+    if known and (before := meta_of(known).inputs["precision"]) != settled:
         LOGGER.warning("precision stays %s, as this run began on another device.", before)
         settled = before
     return recipe.model_copy(update={"precision": settled})
 
 
-def earlier_states(origin: Origin) -> list[Path]:
-    """Saved states of the phase before."""
-    return [] if origin.previous is None else checkpoints(origin.previous.checkpoints)
+def newest_state(folder: RunFolder, world: World) -> Path | None:
+    """The newest good state of a run, None before the first; damaged ones are passed over.
+
+    Raises:
+        CheckpointError: there are states, and none of them is good.
+    """
+    saved, passed = newest_good(folder.checkpoints, world)
+    if saved is None and passed:
+        raise CheckpointError(
+            f"None of the {len(passed)} states in {folder.checkpoints} can be used. {passed[0]} "
+            "Bring a good one back, or remove that folder to start with the first step."
+        )
+    for sentence in passed:
+        LOGGER.warning("%s", sentence)
+    return saved
+
+
+def earlier_state(origin: Origin, world: World) -> Path | None:
+    """The last good state of the phase before."""
+    return None if origin.previous is None else newest_state(origin.previous, world)
 
 
 def make_optimizer(learner: Learner, recipe: PretrainRecipe) -> torch.optim.Optimizer:
@@ -249,23 +290,34 @@ def announce(run: Run) -> None:
     if run.progress.step:
         LOGGER.info("going on from step %d of %d", run.progress.step, recipe.steps)
     if recipe.distill is None:
-        start = run.infos[""].training
-        known = "random weights" if start.get("weights") == "random" else "trained weights"
+        training = run.infos[""].training
+        known = "random weights" if training.get("weights") == "random" else "trained weights"
         LOGGER.info("%s starts from %s", name, known)
     else:
-        for student, info in run.infos.items():
-            if student:
-                LOGGER.info(
-                    "student %s: %s, %d wide; teacher %s", student, info.name, info.embed_dim, name
-                )
+        announce_students(run.infos)
+    divided = "" if run.world.size == 1 else f", {run.world.size} processes"
     LOGGER.info(
-        "%d images, %s, %s on %s: %d steps of %d images (%.1f passes), K = %d",
+        "%d images, %s, %s on %s%s: %d steps of %d images (%.1f passes), K = %d",
         count,
         name,
         method_of(recipe, run.learner),
         run.learner.device,
+        divided,
         recipe.steps,
         recipe.optim.batch_size,
         recipe.steps * recipe.optim.batch_size / count,
         recipe.objective.prototypes,
     )
+
+
+def announce_students(infos: dict[str, BackboneInfo]) -> None:
+    """Says who learns from whom."""
+    for student, info in infos.items():
+        if student:
+            LOGGER.info(
+                "student %s: %s, %d wide; teacher %s",
+                student,
+                info.name,
+                info.embed_dim,
+                infos[""].name,
+            )

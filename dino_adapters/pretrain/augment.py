@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from dino_adapters.contracts import BackboneInfo, RecipeError
 from dino_adapters.pretrain.colour import jittered
-from dino_adapters.pretrain.dice import coins, uniform
+from dino_adapters.pretrain.dice import Dice
 from dino_adapters.pretrain.resample import apply_matrices, blur_matrices, crop_matrices
 from dino_adapters.recipes.sections import CropsRecipe
 
@@ -69,6 +70,9 @@ class Crops:
         images: B.
         gram_crops: `(G * B, C, S_g, S_g)`: what the global crops show, for the Gram teacher; None
             without them.
+        kin: int64 `(B,)`: images with the same number are near-duplicates, or of one group, and
+            no neighbours for KoLeo; None looks at all.
+        targets: what is known of the images, `(B,)` each, by guide.
     """
 
     global_crops: Tensor
@@ -76,6 +80,35 @@ class Crops:
     masks: Tensor | None
     images: int
     gram_crops: Tensor | None = None
+    kin: Tensor | None = None
+    targets: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def parts(self, size: int | None) -> list[Crops]:
+        """The same views, at most `size` images at a time, in the order of the images."""
+        if size is None or size >= self.images:
+            return [self]
+        return [
+            self._part(first, min(first + size, self.images))
+            for first in range(0, self.images, size)
+        ]
+
+    def _part(self, first: int, end: int) -> Crops:
+        def pick(rows: Tensor | None) -> Tensor | None:
+            if rows is None:
+                return None
+            return rows.unflatten(0, (-1, self.images))[:, first:end].flatten(0, 1)
+
+        whole = pick(self.global_crops)
+        assert whole is not None
+        return Crops(
+            whole,
+            pick(self.local_crops),
+            pick(self.masks),
+            end - first,
+            pick(self.gram_crops),
+            None if self.kin is None else self.kin[first:end],
+            {name: values[first:end] for name, values in self.targets.items()},
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,19 +154,19 @@ class MultiCrop:
     def __call__(
         self,
         images: Tensor,
-        generator: torch.Generator,
+        dice: Dice,
         sizes: Sizes | None = None,
         *,
         distort_gram: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Global, local and Gram crops.
 
-        Sizes and Gram crops change no draw: the same generator gives the same boxes, mirroring and
+        Sizes and Gram crops change no draw: the same dice give the same boxes, mirroring and
         colours.
 
         Args:
             images: `(B, C, H, W)` in 0..1, on any device.
-            generator: CPU generator; the views do not depend on the device.
+            dice: draws for these B images; the views do not depend on the device.
             sizes: sides of this step's crops; None takes the recipe's, without Gram crops.
             distort_gram: Gram crops get the colours, blur and solarisation of their global crops.
                 Both are then resized from one view that has the larger of the two sizes, as in the
@@ -149,7 +182,7 @@ class MultiCrop:
         pairs = [
             self._global_view(
                 images,
-                generator,
+                dice,
                 sizes,
                 blur=first if index == 0 else other,
                 solarize=0.0 if index == 0 else r.solarize,
@@ -159,8 +192,8 @@ class MultiCrop:
         ]
         local_crops = [
             self._distorted(
-                self._cuts(images, r.local_scale, generator).of(images, sizes.local_size),
-                generator,
+                self._cuts(images, r.local_scale, dice).of(images, sizes.local_size),
+                dice,
                 blur=local,
             )
             for _ in range(r.local_count)
@@ -175,7 +208,7 @@ class MultiCrop:
     def _global_view(
         self,
         images: Tensor,
-        generator: torch.Generator,
+        dice: Dice,
         sizes: Sizes,
         *,
         blur: float,
@@ -183,12 +216,12 @@ class MultiCrop:
         distort_gram: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """One global crop of every image `(B, C, S, S)`, and its Gram crop."""
-        cuts = self._cuts(images, self.recipe.global_scale, generator)
+        cuts = self._cuts(images, self.recipe.global_scale, dice)
         small, gram = sizes.global_size, sizes.gram_size
         large = max(small, gram) if gram is not None and distort_gram else small
         view = self._distorted(
             cuts.of(images, large),
-            generator,
+            dice,
             blur=blur,
             solarize=solarize,
             enlarged=large / small,
@@ -199,20 +232,18 @@ class MultiCrop:
             return _resized(view, small), _resized(view, gram)
         return view, self._normalised(cuts.of(images, gram))
 
-    def _cuts(
-        self, images: Tensor, scale: tuple[float, float], generator: torch.Generator
-    ) -> _Cuts:
-        count, r = len(images), self.recipe
-        boxes = random_boxes(count, images.shape[-2:], scale, generator)
-        none = torch.zeros(count)
-        mirrored = coins(count, 0.5, generator) if r.horizontal_flip else none
-        upside_down = coins(count, 0.5, generator) if r.vertical_flip else none
+    def _cuts(self, images: Tensor, scale: tuple[float, float], dice: Dice) -> _Cuts:
+        r = self.recipe
+        boxes = random_boxes(images.shape[-2:], scale, dice)
+        none = torch.zeros(dice.count)
+        mirrored = dice.coins(0.5) if r.horizontal_flip else none
+        upside_down = dice.coins(0.5) if r.vertical_flip else none
         return _Cuts(*boxes, upside_down=upside_down, mirrored=mirrored)
 
     def _distorted(
         self,
         view: Tensor,
-        generator: torch.Generator,
+        dice: Dice,
         *,
         blur: float,
         solarize: float = 0.0,
@@ -223,9 +254,9 @@ class MultiCrop:
         `enlarged` is the side of the view over that of the crop it stands for: the blur is told in
         pixels of the crop.
         """
-        count, device = len(view), view.device
-        view = jittered(view, self.recipe, generator, rgb=self.rgb)
-        sigma = uniform(count, self.recipe.blur_sigma, generator) * coins(count, blur, generator)
+        device = view.device
+        view = jittered(view, self.recipe, dice, rgb=self.rgb)
+        sigma = dice.uniform(self.recipe.blur_sigma) * dice.coins(blur)
         if blur > 0:
             # Variances add: repeated narrow blurs make a wide one, and nine taps stay enough.
             rounds = math.ceil(enlarged**2)
@@ -233,7 +264,7 @@ class MultiCrop:
             matrices = torch.linalg.matrix_power(matrices.to(device), rounds)
             view = apply_matrices(view, matrices, matrices)
         if self.rgb and solarize > 0:
-            chosen = coins(count, solarize, generator).to(device)[:, None, None, None]
+            chosen = dice.coins(solarize).to(device)[:, None, None, None]
             view = torch.where((view >= SOLARIZE_ABOVE) & (chosen > 0), 1.0 - view, view)
         return self._normalised(view)
 
@@ -242,10 +273,7 @@ class MultiCrop:
 
 
 def random_boxes(
-    count: int,
-    size: tuple[int, int] | torch.Size,
-    scale: tuple[float, float],
-    generator: torch.Generator,
+    size: tuple[int, int] | torch.Size, scale: tuple[float, float], dice: Dice
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Boxes of random area and aspect ratio (3/4 to 4/3) inside an image.
 
@@ -256,20 +284,18 @@ def random_boxes(
         top, left, height, width: integer `(count,)` each.
     """
     rows, columns = size
-    area = rows * columns * uniform(count * TRIES, scale, generator)
-    aspect = torch.exp(
-        uniform(count * TRIES, (math.log(ASPECT[0]), math.log(ASPECT[1])), generator)
-    )
-    width = torch.sqrt(area * aspect).round().long().view(count, TRIES)
-    height = torch.sqrt(area / aspect).round().long().view(count, TRIES)
+    area = rows * columns * dice.uniform(scale, TRIES)
+    aspect = torch.exp(dice.uniform((math.log(ASPECT[0]), math.log(ASPECT[1])), TRIES))
+    width = torch.sqrt(area * aspect).round().long()
+    height = torch.sqrt(area / aspect).round().long()
     fits = (width > 0) & (width <= columns) & (height > 0) & (height <= rows)
     choice = fits.long().argmax(dim=1)
-    chosen = torch.arange(count)
+    chosen = torch.arange(dice.count)
     width, height, found = width[chosen, choice], height[chosen, choice], fits.any(dim=1)
     width = torch.where(found, width, min(columns, round(rows * ASPECT[1])))
     height = torch.where(found, height, min(rows, round(columns / ASPECT[0])))
-    top = (torch.rand(count, generator=generator) * (rows - height + 1)).long()
-    left = (torch.rand(count, generator=generator) * (columns - width + 1)).long()
+    top = (dice.shares() * (rows - height + 1)).long()
+    left = (dice.shares() * (columns - width + 1)).long()
     top = torch.where(found, top, (rows - height) // 2)
     left = torch.where(found, left, (columns - width) // 2)
     return top, left, height, width

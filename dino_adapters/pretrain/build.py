@@ -5,17 +5,22 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from dino_adapters.backbones import ConvNeXt, VisionTransformer, build_network
+from dino_adapters.backbones import ConvNeXt, VisionTransformer, add_lora, build_network
+from dino_adapters.backbones.stem import stem_of
 from dino_adapters.contracts import BackboneInfo, Network, RecipeError, ShapeError
+from dino_adapters.data.metadata import Metadata
 from dino_adapters.pretrain.anchor import first_refresh
-from dino_adapters.pretrain.distill import Distillation, FeatureDistillation
+from dino_adapters.pretrain.distill import Distillation
+from dino_adapters.pretrain.guides import make_guides
+from dino_adapters.pretrain.imitate import FeatureDistillation
 from dino_adapters.pretrain.intake import Intake
 from dino_adapters.pretrain.learner import Learner, SelfDistillation
+from dino_adapters.pretrain.objective import Tensors, heads_of
 from dino_adapters.pretrain.origin import (
     Origin,
     gram_network,
@@ -23,9 +28,11 @@ from dino_adapters.pretrain.origin import (
     refuse_untrained,
     with_heads,
 )
+from dino_adapters.pretrain.ranks import ALONE, Ranks
 from dino_adapters.pretrain.sizes import all_sizes
 from dino_adapters.recipes.pretrain import PretrainRecipe
-from dino_adapters.recipes.sections import DistillRecipe, ModelRecipe, StudentRecipe
+from dino_adapters.recipes.sections import ModelRecipe
+from dino_adapters.recipes.teachers import DistillRecipe, StudentRecipe
 from dino_adapters.runtime.chance import derive
 from dino_adapters.runtime.console import Notices
 
@@ -33,7 +40,13 @@ LOGGER = logging.getLogger(__name__)
 
 
 def make_learner(
-    recipe: PretrainRecipe, intake: Intake, origin: Origin, device: torch.device, notices: Notices
+    recipe: PretrainRecipe,
+    intake: Intake,
+    origin: Origin,
+    device: torch.device,
+    notices: Notices,
+    ranks: Ranks = ALONE,
+    metadata: Metadata | None = None,
 ) -> tuple[Learner, dict[str, BackboneInfo]]:
     """The method of a run with all its networks, and their cards.
 
@@ -45,8 +58,14 @@ def make_learner(
     """
     bf16 = recipe.precision == "bf16"
     if recipe.distill is not None:
-        return _distillation(recipe, recipe.distill, intake, origin, device, bf16, notices)
+        refuse_for_distillation(recipe)
+        told = {"seed": recipe.seed, "device": device, "bf16": bf16, "ranks": ranks}
+        return _distillation(recipe, recipe.distill, intake, origin, notices, told)
     network, info = make_network(recipe, intake, origin, notices)
+    guides = None
+    if metadata is not None:
+        width = cast(Network, network).embed_dim
+        guides = make_guides(recipe.guides, metadata, width, seed=recipe.seed)
     learner = SelfDistillation(
         network,
         recipe.objective,
@@ -55,6 +74,9 @@ def make_learner(
         bf16=bf16,
         gram=recipe.gram,
         gram_network=gram_network(recipe.gram, network, info, origin, notices),
+        anchor=recipe.anchor,
+        guides=guides,
+        ranks=ranks,
     )
     if recipe.gram is not None and recipe.gram.tokens != "all" and not learner.with_ibot:
         raise RecipeError(
@@ -73,16 +95,17 @@ def make_learner(
         export = str(previous.export)
         if has_heads(export):
             trained = with_heads(network, info, export, learner.objective)
-            ready = trained.networks.state_dict()
+            # The backbone is there already, perhaps with adapters.
+            ready = heads_of(trained.networks)
             try:
-                learner.student.load_state_dict(ready)
+                load_heads(learner.student, ready)
             except RuntimeError as error:
                 raise RecipeError(
                     f"The heads in {export} are built otherwise than objective tells (hidden_dim, "
                     "bottleneck_dim, head_layers, shared_head or weight_norm). Set them as they "
                     "were when these heads were trained."
                 ) from error
-            learner.teacher.load_state_dict(ready)
+            load_heads(learner.teacher, ready)
             learner.balance.start(trained.centers, device)
         else:
             LOGGER.warning("The phase before left no heads: they start at random.")
@@ -116,7 +139,62 @@ def make_network(
     # In this layout convolutions run 1.6 times as fast (EfficientNet-Lite0, 96 px, 2 CPU cores).
     network = network.to(memory_format=torch.channels_last)
     check_crops(network, info, recipe, coarsest=info.patch_size)
+    if recipe.lora is not None:
+        lora = recipe.lora
+        summary = add_lora(
+            network,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            targets=lora.targets,
+            open_blocks=lora.open_blocks,
+            norms=lora.norms,
+            seed=recipe.seed,
+            open_stem=bool(info.untrained_bands),
+        )
+        LOGGER.info("%s.", summary.sentence())
     return network, info
+
+
+def load_heads(networks: nn.ModuleDict, tensors: Tensors) -> None:
+    """Puts heads, named `HEAD.NAME`, beside a backbone.
+
+    Raises:
+        RuntimeError: they are others, or built otherwise (by torch).
+    """
+    ours = {name: module for name, module in networks.items() if name.endswith("_head")}
+    theirs = {key.split(".", 1)[0] for key in tensors}
+    if ours.keys() != theirs:
+        raise RuntimeError(f"heads {sorted(theirs)} for {sorted(ours)}")
+    for name, module in ours.items():
+        start = f"{name}."
+        module.load_state_dict(
+            {key.removeprefix(start): v for key, v in tensors.items() if key.startswith(start)}
+        )
+
+
+def stem_parameters(learner: Learner, infos: dict[str, BackboneInfo]) -> list[nn.Parameter]:
+    """What learns while the backbone is frozen: the first layer, if it reads bands that are new."""
+    if not infos[""].untrained_bands or "" not in learner.students:
+        return []
+    backbone = learner.students[""]["backbone"]
+    return [p for p in stem_of(backbone).parameters() if p.requires_grad]
+
+
+def refuse_for_distillation(recipe: PretrainRecipe) -> None:
+    """Refuses what has no part in a distillation.
+
+    Raises:
+        RecipeError: with the section.
+    """
+    given = {"lora": recipe.lora, "anchor": recipe.anchor, "guides": recipe.guides or None}
+    given["schedule.freeze_backbone"] = recipe.schedule.freeze_backbone or None
+    given["gate"] = recipe.gate
+    for name, value in given.items():
+        if value is not None:
+            raise RecipeError(
+                f"{name} is given, and a distillation trains its students whole from their own "
+                "start. Leave it out, or turn it off in that phase."
+            )
 
 
 def _distillation(
@@ -124,9 +202,8 @@ def _distillation(
     distill: DistillRecipe,
     intake: Intake,
     origin: Origin,
-    device: torch.device,
-    bf16: bool,
     notices: Notices,
+    told: dict[str, Any],
 ) -> tuple[Learner, dict[str, BackboneInfo]]:
     source = distill.teacher
     if source is None:
@@ -158,7 +235,6 @@ def _distillation(
     coarsest = max(card.patch_size for card in infos.values())
     for name, card in infos.items():
         check_crops(backbones.get(name, teacher), card, recipe, coarsest=coarsest)
-    told = {"seed": recipe.seed, "device": device, "bf16": bf16}
     if not by_heads:
         LOGGER.warning(
             "The features of %s are imitated: settings of objective and masks are not used.",
@@ -167,7 +243,7 @@ def _distillation(
         return FeatureDistillation(teacher, backbones, **told), infos
     trained = with_heads(teacher, info, source, recipe.objective)
     learner = Distillation(trained.networks, backbones, recipe.objective, **told)
-    learner.balance.start(trained.centers, device)
+    learner.balance.start(trained.centers, learner.device)
     return learner, infos
 
 

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from dino_adapters.pretrain.dice import coins, uniform
+from dino_adapters.pretrain.dice import Dice
 from dino_adapters.recipes.sections import CropsRecipe
 
 LUMA = (0.299, 0.587, 0.114)
@@ -18,32 +18,32 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.4, 0.4, 0.2, 0.1
 BAND_GAIN = 0.1
 
 
-def jittered(view: Tensor, recipe: CropsRecipe, generator: torch.Generator, *, rgb: bool) -> Tensor:
+def jittered(view: Tensor, recipe: CropsRecipe, dice: Dice, *, rgb: bool) -> Tensor:
     """Brightness, contrast, saturation and hue jitter, and the loss of colour.
 
     Args:
         view: `(B, C, S, S)` in 0..1, on any device.
         recipe: the probabilities `jitter` and `grayscale`.
-        generator: CPU generator.
+        dice: draws for these B images.
         rgb: the bands are red, green, blue; others get a gain of their own instead of saturation,
             hue and the loss of colour.
 
     Returns:
         `(B, C, S, S)` in 0..1.
     """
-    count, bands = view.shape[:2]
-    chosen = coins(count, recipe.jitter, generator)
-    bright = 1 + uniform(count, (-BRIGHTNESS, BRIGHTNESS), generator) * chosen
-    contrast = 1 + uniform(count, (-CONTRAST, CONTRAST), generator) * chosen
+    bands = view.shape[1]
+    chosen = dice.coins(recipe.jitter)
+    bright = 1 + dice.uniform((-BRIGHTNESS, BRIGHTNESS)) * chosen
+    contrast = 1 + dice.uniform((-CONTRAST, CONTRAST)) * chosen
     if rgb:
-        saturation = 1 + uniform(count, (-SATURATION, SATURATION), generator) * chosen
-        hue = uniform(count, (-HUE, HUE), generator) * chosen * (2 * math.pi)
+        saturation = 1 + dice.uniform((-SATURATION, SATURATION)) * chosen
+        hue = dice.uniform((-HUE, HUE)) * chosen * (2 * math.pi)
         # Without colour, whatever the saturation was.
-        saturation = saturation * (1 - coins(count, recipe.grayscale, generator))
+        saturation = saturation * (1 - dice.coins(recipe.grayscale))
         mix = chroma_matrices(saturation, hue)
         weights = torch.tensor(LUMA)
     else:
-        gains = 1 + (torch.rand(count, bands, generator=generator) * 2 - 1) * BAND_GAIN
+        gains = 1 + dice.uniform((-1.0, 1.0), bands) * BAND_GAIN
         mix = torch.diag_embed(1 + (gains - 1) * chosen[:, None])
         weights = torch.full((bands,), 1 / bands)
     mix = (mix * (bright * contrast)[:, None, None]).to(view.device)

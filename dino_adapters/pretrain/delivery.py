@@ -7,13 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from dino_adapters.backbones import export_backbone
 from dino_adapters.backbones.weights import DINOV3_LICENCE_ID
 from dino_adapters.contracts import BackboneInfo
-from dino_adapters.pretrain.distill import FeatureDistillation
+from dino_adapters.pretrain.imitate import FeatureDistillation
 from dino_adapters.pretrain.learner import Learner
+from dino_adapters.pretrain.objective import Tensors
 from dino_adapters.pretrain.origin import HEADS
-from dino_adapters.pretrain.sizes import all_sizes
+from dino_adapters.pretrain.sizes import largest_global
 from dino_adapters.recipes.pretrain import PretrainRecipe
 from dino_adapters.runtime.files import replace_folder
 
@@ -26,6 +29,8 @@ def export_averages(
     infos: dict[str, BackboneInfo],
     folder: Path,
     said: dict[str, Any],
+    averages: dict[str, nn.ModuleDict],
+    heads: dict[str, Tensors],
 ) -> Path:
     """Writes each moving average, backbone and heads; several students get a folder each.
 
@@ -35,13 +40,15 @@ def export_averages(
         infos: cards of the networks as they were at the start.
         folder: the export folder.
         said: numbers of the run for the card: `steps`, `images` and more.
+        averages: as they are delivered, by student.
+        heads: theirs.
     """
     coarsest = max(info.patch_size for info in infos.values())
-    largest = max(sizes.global_size for sizes in all_sizes(recipe))
+    largest = largest_global(recipe)
     told = recipe.model_dump(mode="json", exclude={"data": {"source", "labels"}, "split": True})
     # As trained: a network without mask tokens has no iBOT, whatever the recipe says.
     objective = told["objective"] | ({} if learner.with_ibot else {"ibot_weight": 0.0})
-    for name, networks in learner.averages.items():
+    for name, networks in averages.items():
         info, distill = infos[name], recipe.distill
         training: dict[str, Any] = {
             "method": method_of(recipe, learner),
@@ -68,13 +75,12 @@ def export_averages(
             training=training,
             untrained_bands=() if said.get("steps") else info.untrained_bands,
         )
-        heads = learner.heads(name)
         export_backbone(
             networks["backbone"],
             now,
-            folder / name if len(learner.averages) > 1 else folder,
+            folder / name if len(averages) > 1 else folder,
             overwrite=True,
-            beside={HEADS: heads} if heads else None,
+            beside={HEADS: heads[name]} if heads[name] else None,
         )
     return folder
 

@@ -2,12 +2,13 @@
 
 One forward pass of the teacher serves all students. A student sees every patch, also at the places
 where iBOT compares; its moving average is kept beside it and delivered. With a teacher that has no
-heads, students imitate its features instead.
+heads, students imitate its features instead: see `imitate`.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 from dino_adapters.contracts import Network, RecipeError
 from dino_adapters.pretrain.augment import Crops
 from dino_adapters.pretrain.learner import autocast, move_average
-from dino_adapters.pretrain.losses import exact
 from dino_adapters.pretrain.objective import (
     Balance,
     Learning,
@@ -32,10 +32,11 @@ from dino_adapters.pretrain.objective import (
     terms,
 )
 from dino_adapters.pretrain.optim import Knobs
+from dino_adapters.pretrain.ranks import ALONE, Ranks
+from dino_adapters.pretrain.spread import Pull
 from dino_adapters.recipes.sections import ObjectiveRecipe
-from dino_adapters.runtime.chance import derive, generator
+from dino_adapters.runtime.chance import derive
 
-STATISTICS_MOMENTUM = 0.99
 TEACHER = ""  # no student is called that
 
 
@@ -58,6 +59,7 @@ class Distillation:
         seed: of the students' heads.
         device: where all live.
         bf16: run the networks under bf16 autocast.
+        ranks: who shares the batch.
     """
 
     def __init__(
@@ -69,10 +71,11 @@ class Distillation:
         seed: int,
         device: torch.device,
         bf16: bool,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.objective, self.device, self.bf16 = objective, device, bf16
+        self.objective, self.device, self.bf16, self.ranks = objective, device, bf16, ranks
         self.with_ibot = objective.ibot_weight > 0
-        self.balance = Balance(objective)
+        self.balance = Balance(objective, ranks)
         self.teacher = teacher.to(device).requires_grad_(False).eval()
         self.students = {
             name: make_networks(backbone, objective, seed=derive(seed, name)).to(device).train()
@@ -88,7 +91,7 @@ class Distillation:
         return self.step(crops, knobs).losses
 
     def step(self, crops: Crops, knobs: Knobs) -> Lesson:
-        """One step, with what it was made from.
+        """A whole batch at once, with what it was made from.
 
         Args:
             crops: the views at the largest size that a network takes; they are reduced for others.
@@ -97,30 +100,59 @@ class Distillation:
         Raises:
             RecipeError: a student's grid is not the teacher's.
         """
-        sizes = crop_sizes(crops, self.teacher, self.students)
+        return self.compare(crops, self.teach([crops], knobs)[0], knobs)
+
+    def teach(self, parts: Sequence[Crops], knobs: Knobs) -> list[Teaching]:
+        """The teacher's targets for every micro-batch."""
+        size = crop_sizes(parts[0], self.teacher, self.students)[TEACHER][0]
+        own = [replace(p, global_crops=resized(p.global_crops, size)) for p in parts]
         with autocast(self.device, self.bf16):
-            teacher = teach(
-                self.teacher,
-                resized(crops.global_crops, sizes[TEACHER][0]),
-                crops.masks if self.with_ibot else None,
-                crops.images,
-                self.balance,
-                knobs.teacher_temperature,
+            return teach(
+                self.teacher, own, self.balance, knobs.teacher_temperature, ibot=self.with_ibot
             )
+
+    def compare(
+        self, part: Crops, taught: Teaching, knobs: Knobs, pulls: Mapping[str, Pull] | None = None
+    ) -> Lesson:
+        """What the students make of a micro-batch, held against its targets."""
+        sizes = crop_sizes(part, self.teacher, self.students)
         seen, parts = {}, {}
         for name, networks in self.students.items():
-            own = fitted(crops, sizes[name])
+            own = fitted(part, sizes[name])
             with autocast(self.device, self.bf16):
                 seen[name] = learn(networks, own, hide=False)
-            check_grids(name, seen[name].grid, teacher.grid)
-            parts[name] = terms(self.objective, seen[name], teacher, own, knobs)
-        return Lesson(summed(parts), teacher, seen)
+            check_grids(name, seen[name].grid, taught.grid)
+            pull = None if pulls is None else pulls[name]
+            parts[name] = terms(
+                self.objective, seen[name], taught, own, knobs, ranks=self.ranks, pull=pull
+            )
+        return Lesson(summed(parts), taught, seen)
+
+    @torch.no_grad()
+    def class_tokens(self, part: Crops) -> dict[str, Tensor]:
+        """See `Learner.class_tokens`."""
+        sizes, found = crop_sizes(part, self.teacher, self.students), {}
+        for name, networks in self.students.items():
+            with autocast(self.device, self.bf16):
+                found[name] = learn(networks, fitted(part, sizes[name]), hide=False).cls
+        return found
 
     def after(self, knobs: Knobs) -> None:
         """Moves every student's average, and the centres."""
         self.balance.move()
         for name, average in self.averages.items():
             move_average(average, self.students[name], knobs.momentum)
+
+    def forget(self) -> None:
+        """Drops new centres."""
+        self.balance.forget()
+
+    def networks(self) -> dict[str, nn.ModuleDict]:
+        """Students, their averages and the teacher."""
+        return all_networks(self.students, self.averages) | {"teacher": self.teacher}
+
+    def remember_start(self) -> None:
+        """Nothing: no anchor holds on to it."""
 
     def heads(self, name: str) -> Tensors:
         """The student's heads; centres are the teacher's and stay with it."""
@@ -134,113 +166,6 @@ class Distillation:
         """Restores `state()` in place."""
         load_states(state, self.students, self.averages)
         self.balance.start(state["centers"], self.device)
-
-
-class FeatureDistillation:
-    """Students imitate the features of any frozen network.
-
-    `L = mean (1 - cos(A_cls cls_s, cls_t)) + mean_patches (1 - cos(A_patch p_s, p_t))` with linear
-    maps A of each student, against features that are standardised per channel by running
-    statistics, so that no large channel rules (as Theia, arXiv 2407.20179, standardises them).
-
-    Args:
-        teacher: a frozen network with a feature map.
-        backbones, seed, device, bf16: as for `Distillation`; no term of the objective is used.
-    """
-
-    with_ibot = False
-
-    def __init__(
-        self,
-        teacher: nn.Module,
-        backbones: dict[str, nn.Module],
-        *,
-        seed: int,
-        device: torch.device,
-        bf16: bool,
-    ) -> None:
-        self.device, self.bf16 = device, bf16
-        self.teacher = nn.ModuleDict({"backbone": teacher}).to(device)
-        self.teacher.requires_grad_(False).eval()
-        width = cast(Network, teacher).embed_dim
-        self.students: dict[str, nn.ModuleDict] = {}
-        for name, backbone in backbones.items():
-            parts = {"backbone": backbone}
-            for index, map_name in enumerate(("cls_map", "patch_map")):
-                linear = nn.Linear(cast(Network, backbone).embed_dim, width)
-                nn.init.trunc_normal_(
-                    linear.weight, std=0.02, generator=generator(seed, f"maps/{name}", index)
-                )
-                nn.init.zeros_(linear.bias)
-                parts[map_name] = linear
-            self.students[name] = nn.ModuleDict(parts).to(device).train()
-        self.averages = frozen_copies(self.students)
-        # Mean and mean square of each channel, for class tokens and patches.
-        self.statistics = {
-            part: torch.zeros(2, width, device=device) for part in ("cls", "patches")
-        }
-        self._next: dict[str, Tensor] = {}
-        self.updates = 0
-
-    def before(self, step: int) -> None:
-        """Nothing."""
-
-    def losses(self, crops: Crops, knobs: Knobs) -> Losses:
-        """The students' summed objective over the global crops; the terms carry their names."""
-        sizes = crop_sizes(crops, self.teacher, self.students)
-        with torch.no_grad(), autocast(self.device, self.bf16):
-            taught = self.teacher["backbone"](resized(crops.global_crops, sizes[TEACHER][0]))
-        cls = self._standardised("cls", taught.cls)
-        patches = self._standardised("patches", taught.patches)
-        parts = {}
-        for name, networks in self.students.items():
-            with autocast(self.device, self.bf16):
-                images = resized(crops.global_crops, sizes[name][0])
-                seen = cast(Network, networks["backbone"]).forward_crops([images], [None])[0]
-                check_grids(name, seen.grid, taught.grid)
-                own_cls = networks["cls_map"](seen.cls)
-                own_patches = networks["patch_map"](seen.patches)
-            zero = own_cls.new_zeros(())
-            losses = Losses(zero, {}).plus("cls", cosine_gap(own_cls, cls), 1.0)
-            parts[name] = losses.plus("patches", cosine_gap(own_patches, patches), 1.0)
-        return summed(parts)
-
-    def after(self, knobs: Knobs) -> None:
-        """Moves every student's average, and the teacher's statistics."""
-        self.statistics, self.updates = self._next, self.updates + 1
-        self._next = {}
-        for name, average in self.averages.items():
-            move_average(average, self.students[name], knobs.momentum)
-
-    def heads(self, name: str) -> Tensors:
-        """None: the linear maps serve this teacher's features alone."""
-        return {}
-
-    def state(self) -> dict[str, Any]:
-        """Students, their averages and the teacher's statistics."""
-        kept = {"statistics": dict(self.statistics), "updates": self.updates}
-        return states(self.students, self.averages) | kept
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Restores `state()` in place."""
-        load_states(state, self.students, self.averages)
-        self.statistics = {k: v.to(self.device) for k, v in state["statistics"].items()}
-        self.updates = int(state["updates"])
-
-    @torch.no_grad()
-    def _standardised(self, part: str, features: Tensor) -> Tensor:
-        values = exact(features)
-        flat = values.flatten(0, -2)
-        now = torch.stack([flat.mean(dim=0), flat.square().mean(dim=0)])
-        kept = self.statistics[part].lerp(now, 1 - STATISTICS_MOMENTUM)
-        self._next[part] = kept
-        mean, square = kept / (1 - STATISTICS_MOMENTUM ** (self.updates + 1))
-        return (values - mean) / (square - mean.square()).clamp(min=1e-6).sqrt()
-
-
-def cosine_gap(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Mean of `1 - cos` over all rows `(..., D)`."""
-    return (1 - F.cosine_similarity(exact(ours), exact(theirs), dim=-1)).mean()
 
 
 def check_grids(name: str, grid: tuple[int, int], teacher: tuple[int, int]) -> None:
@@ -304,6 +229,15 @@ def frozen_copies(students: dict[str, nn.ModuleDict]) -> dict[str, nn.ModuleDict
     return {
         name: copy.deepcopy(networks).requires_grad_(False).eval()
         for name, networks in students.items()
+    }
+
+
+def all_networks(
+    students: dict[str, nn.ModuleDict], averages: dict[str, nn.ModuleDict]
+) -> dict[str, nn.ModuleDict]:
+    """Both, each by a name of its own."""
+    return {f"students/{name}": networks for name, networks in students.items()} | {
+        f"averages/{name}": networks for name, networks in averages.items()
     }
 
 

@@ -19,7 +19,7 @@ from dino_adapters.contracts import (
     DataError,
     UnreadableFileError,
 )
-from dino_adapters.data import ImageSource
+from dino_adapters.data import ImageSource, load_source
 from dino_adapters.data.resize import shorter_side
 from dino_adapters.data.splits import read_split
 from dino_adapters.data.units import check_size, match_bands, to_model, to_range, valid_pixels
@@ -94,6 +94,14 @@ class Intake:
             + ("; smaller crops of it are enlarged" if there < wanted else "")
         )
         return side
+
+
+def count_images(recipe: PretrainRecipe, notices: Notices) -> int:
+    """How many images a run reads: those of its split."""
+    source = load_source(recipe.data, notices=notices)
+    if recipe.split is None:
+        return len(source.keys)
+    return len(read_split(Path(recipe.split), keys=source.keys).train)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,20 +5,26 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dino_adapters.contracts import NotFiniteError
-from dino_adapters.pretrain.assemble import Run, assemble
+from dino_adapters.contracts import CollapseError, Preempted
+from dino_adapters.pretrain.accumulate import accumulate
+from dino_adapters.pretrain.assemble import assemble
 from dino_adapters.pretrain.augment import Crops
-from dino_adapters.pretrain.checkpoint import Progress, save_checkpoint
+from dino_adapters.pretrain.guard import is_finite, refuse_step
 from dino_adapters.pretrain.objective import Losses
 from dino_adapters.pretrain.optim import Knobs, Timetable, clip, set_rates
 from dino_adapters.pretrain.origin import FRESH, Origin, snapshot_folder
+from dino_adapters.pretrain.parallel import average_gradients, average_losses
+from dino_adapters.pretrain.run import Run
+from dino_adapters.pretrain.watch import Watch
 from dino_adapters.recipes.pretrain import PretrainRecipe
 from dino_adapters.runtime.console import Notices, duration, progress
 from dino_adapters.runtime.runfolder import RunFolder
-from dino_adapters.runtime.world import repeatable
+from dino_adapters.runtime.stopping import StopRequest, stoppable
+from dino_adapters.runtime.world import joined, repeatable
 
 LOGGER = logging.getLogger(__name__)
 ROWS = 500  # about so many rows of metrics.jsonl, however long the run
@@ -30,6 +36,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    accept_changes: bool = False,
     overrides: Sequence[str] = (),
     quiet: bool = False,
     notices: Notices | None = None,
@@ -42,6 +49,7 @@ def train(
         folder: where the phase lives.
         resume: go on from the last checkpoint.
         overwrite: replace a run that stands in the folder, once nothing is left to refuse.
+        accept_changes: go on although settings differ from those that the run began with.
         overrides: the words `key=value` behind the recipe, for the record.
         quiet: no progress display.
         notices: collects what was skipped, converted or assumed.
@@ -50,106 +58,138 @@ def train(
     Returns:
         The export folder.
     """
-    with folder.lock():
+    with joined(recipe.device) as world, folder.lock(only=world.leads), stoppable() as request:
         # Everything slow, and every refusal, happens in here: nothing is spent before it returns.
         run = assemble(
             recipe,
             folder,
+            world=world,
             resume=resume,
             overwrite=overwrite,
+            accept_changes=accept_changes,
             overrides=overrides,
             notices=notices,
             origin=origin,
         )
-        started = time.monotonic() - run.progress.seconds
-        timetable, every = Timetable(recipe), max(1, recipe.steps // ROWS)
-
-        left = recipe.steps - run.progress.step
+        watch = Watch(run, folder)
+        left = run.recipe.steps - run.progress.step
+        quiet = quiet or not world.leads
+        watch.begin()
         with repeatable(run.learner.device), progress("pretrain", left, quiet=quiet) as shown:
-            for step, images in run.batches():
-                knobs = timetable.at(step)
-                crops = run.crops(step, images)
-                run.seed_draws(step)
-                losses, norms = one_step(run, crops, knobs)
-
-                done = step + 1
-                seconds = time.monotonic() - started
-                if step % every == 0 or done == recipe.steps:
-                    folder.note(row(losses, norms, knobs, recipe, seconds))
-                # The snapshot first: a run that is killed between the two makes it again.
-                if done in run.snapshot_steps:
-                    run.export(snapshot_folder(folder, done), done, seconds)
-                if done % recipe.checkpoint.every_steps == 0 and done < recipe.steps:
-                    keep_state(run, folder, Progress(done, seconds))
-                shown.step(note=f"loss {losses.total.item():.3f}")
-
-        seconds = time.monotonic() - started
-        if left:
-            keep_state(run, folder, Progress(recipe.steps, seconds))
-        LOGGER.info("%d steps in %s", recipe.steps, duration(seconds))
+            ended = done = left == 0 or run.progress.ended
+            while not ended:
+                ended = steps(run, folder, watch, request, shown.step)
+        if not done:
+            run.progress = replace(run.progress, ended=True)
+            run.save(folder.checkpoints, last_chance=True)
+        LOGGER.info("%d steps in %s", run.progress.step, duration(run.progress.seconds))
+        if run.progress.skipped:
+            LOGGER.warning("%d steps were not finite and left out.", run.progress.skipped)
         if not origin.phased:  # a run of several phases says it once, at its end
             for line in run.notices.summary():
                 LOGGER.info("%s", line)
-        return run.export(folder.export, recipe.steps, seconds)
+        return watch.deliver()
 
 
-def one_step(run: Run, crops: Crops, knobs: Knobs) -> tuple[Losses, dict[str, float]]:
+def steps(
+    run: Run,
+    folder: RunFolder,
+    watch: Watch,
+    request: StopRequest,
+    shown: Callable[..., None],
+) -> bool:
+    """Trains until the end (True), or until the run goes back to an earlier state (False)."""
+    recipe, before = run.recipe, run.progress.seconds
+    timetable, every = Timetable(recipe, pace=run.progress.pace), max(1, recipe.steps // ROWS)
+    started = time.monotonic()
+    for step, batch in run.batches():
+        knobs = timetable.at(step)
+        outcome = one_step(run, run.crops(step, batch), knobs)
+
+        done = step + 1
+        seconds = before + time.monotonic() - started
+        run.progress = replace(run.progress, step=done, seconds=seconds)
+        if not outcome.applied:
+            refuse_step(run, folder, batch, outcome)
+        if step % every == 0 or done == recipe.steps or not outcome.applied:
+            watch.note(row(outcome, knobs, run))
+        # The snapshot first: a run that is killed between the two makes it again.
+        if done in run.snapshot_steps:
+            run.export(snapshot_folder(folder, done))
+        if watch.is_due(done):
+            paused = time.monotonic()
+            found = watch.look()
+            started += time.monotonic() - paused  # looking is no training
+            if found.stops:
+                run.save(folder.checkpoints)
+                raise CollapseError(found.stops)
+            if found.ends:
+                return True
+            if found.goes_back:
+                watch.go_back()
+                return False
+        leaves = run.world.most(request.asked)[0] > 0
+        if done < recipe.steps and (leaves or done % recipe.checkpoint.every_steps == 0):
+            run.save(folder.checkpoints)
+        if leaves:
+            raise Preempted(
+                f"The job was told to end and saved step {done} of {recipe.steps}; the same "
+                "command with --resume goes on from there."
+            )
+        shown(note=f"loss {outcome.losses.total.item():.3f}")
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a step.
+
+    Attributes:
+        losses: without gradient.
+        norms: of each module's gradient, before clipping.
+        applied: whether it was; not, where a loss or gradient of any process was not finite.
+    """
+
+    losses: Losses
+    norms: dict[str, float]
+    applied: bool
+
+
+def one_step(run: Run, crops: Crops, knobs: Knobs) -> Outcome:
     """One step of DINOv3 (arXiv 2508.10104), in its order.
 
-    Returns:
-        The losses, and the gradient norm of each module before clipping.
-
-    Raises:
-        NotFiniteError: loss or gradient is not finite; then nothing was applied.
+    A loss or gradient that is not finite, on any process, leaves everything as it was.
     """
     learner, optimizer, optim = run.learner, run.optimizer, run.recipe.optim
     learner.before(knobs.step)  # Gram teacher taken from the moving average, at its step
+    run.freeze(frozen=knobs.frozen)
     set_rates(optimizer, knobs)  # frozen prototypes: rate 0, but gradients and moments go on
     optimizer.zero_grad(set_to_none=True)
-    losses = learner.losses(crops, knobs)
-    losses.total.backward()
+    losses = accumulate(
+        learner,
+        crops,
+        knobs,
+        micro_batch=run.recipe.parallel.micro_batch,
+        seed_draws=lambda part: run.seed_draws(knobs.step, part),
+    )
+    losses = average_losses(losses, run.world)
+    average_gradients(run.modules().values(), run.world)
     norms = clip(run.modules(), optim.clip, each=optim.clip_each)
-    refuse_not_finite(losses, norms, knobs.step)
-    optimizer.step()
-    learner.after(knobs)  # moving average, then the Gram teacher's refresh, if due
-    return losses, norms
+    applied = run.world.most(not is_finite(losses, norms))[0] == 0
+    if applied:
+        optimizer.step()
+        learner.after(knobs)  # moving average, then the Gram teacher's refresh, if due
+    else:
+        learner.forget()
+    optimizer.zero_grad(set_to_none=True)
+    return Outcome(losses, norms, applied)
 
 
-def row(
-    losses: Losses, norms: dict[str, float], knobs: Knobs, recipe: PretrainRecipe, seconds: float
-) -> dict[str, float]:
+def row(outcome: Outcome, knobs: Knobs, run: Run) -> dict[str, float]:
     """What is noted of a step."""
-    noted = {"step": knobs.step, **losses.numbers(), "lr": knobs.lr, "momentum": knobs.momentum}
-    noted |= {"grad_norm": math.hypot(*norms.values())}
+    noted: dict[str, float] = {"step": knobs.step, **outcome.losses.numbers(), "lr": knobs.lr}
+    noted |= {"momentum": knobs.momentum, "grad_norm": math.hypot(*outcome.norms.values())}
     noted |= {"teacher_temperature": knobs.teacher_temperature}
-    noted |= {"images": (knobs.step + 1) * recipe.optim.batch_size, "seconds": round(seconds, 2)}
-    return noted
-
-
-def keep_state(run: Run, folder: RunFolder, done: Progress) -> None:
-    """Saves the training state of a step."""
-    save_checkpoint(
-        folder.checkpoints,
-        run.learner,
-        run.optimizer,
-        done,
-        inputs=run.inputs,
-        keep=run.recipe.checkpoint.keep,
-    )
-
-
-def refuse_not_finite(losses: Losses, norms: dict[str, float], step: int) -> None:
-    """Stops before the optimiser and the moving average can spread a NaN.
-
-    Raises:
-        NotFiniteError: the loss or the gradient's norm is not finite.
-    """
-    norm = math.hypot(*norms.values())
-    if math.isfinite(norm) and math.isfinite(losses.total.item()):
-        return
-    terms = ", ".join(f"{name} {value:g}" for name, value in losses.numbers().items())
-    raise NotFiniteError(
-        f"Step {step} is not finite ({terms}, gradient norm {norm:g}); nothing of it was applied. "
-        "Look for NaN in the images with `dino-adapters inspect`; if there is none, start anew "
-        "with a lower optim.lr in another --out."
-    )
+    noted |= {"images": (knobs.step + 1) * run.recipe.optim.batch_size}
+    noted |= {"seconds": round(run.progress.seconds, 2)}
+    return noted if outcome.applied else noted | {"skipped": run.progress.skipped}

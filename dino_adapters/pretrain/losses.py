@@ -147,6 +147,7 @@ def koleo_loss(
     group: int | None = None,
     ranks: Ranks = ALONE,
     floor: float = 0.0,
+    kin: Tensor | None = None,
 ) -> Tensor:
     """Spreads class tokens on the sphere: `-mean log d_ij` (KoLeo, arXiv 1806.03198, eq. 2).
 
@@ -162,6 +163,8 @@ def koleo_loss(
         ranks: who shares the batch.
         floor: f >= 0 replaces d by `sqrt(d^2 + f^2)`. Without it (0, the published form) two
             nearly equal tokens have a gradient of `1 / d`, up to 1e8; with it, at most `1 / (2 f)`.
+        kin: int64 `(B,)`: rows of the same number are no neighbours, as pushing near-duplicates
+            apart teaches differences that are not there. A row without enough others adds 0.
 
     Returns:
         Scalar, the mean over the own rows; about 15 if all tokens are equal, negative if all are
@@ -192,8 +195,11 @@ def koleo_loss(
             own = places[ranks.rank * count :][:count, None]
             cosine = x @ everyone.mT  # (B, total)
             cosine.masked_fill_((own == places) | (own // members != places // members), -torch.inf)
-            nearest = cosine.topk(neighbours, dim=1).indices
+            if kin is not None:
+                cosine.masked_fill_(kin[:, None] == ranks.rows(kin), -torch.inf)
+            similarity, nearest = cosine.topk(neighbours, dim=1)
         distance = (x[:, None] - everyone[nearest] + TINY).norm(dim=-1)  # (B, neighbours)
         if floor:
             distance = (distance.square() + floor**2).sqrt()
-        return -(distance + TINY).log().mean()
+        found = similarity != -torch.inf  # NaN stays, to be noticed
+        return -(distance + TINY).log().where(found, 0.0).mean()

@@ -9,7 +9,7 @@ them, `terms` compares the two. L_Gram is added by `learner.SelfDistillation`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from dino_adapters.contracts import Network
 from dino_adapters.pretrain.augment import Crops
-from dino_adapters.pretrain.losses import dino_loss, exact, ibot_loss, koleo_loss
+from dino_adapters.pretrain.losses import dino_loss, exact, ibot_loss
 from dino_adapters.pretrain.masks import mask_weights
 from dino_adapters.pretrain.optim import Knobs
 from dino_adapters.pretrain.prototypes import ProjectionHead
-from dino_adapters.pretrain.regularizers import kde_loss, sigreg_loss
+from dino_adapters.pretrain.ranks import ALONE, Ranks
+from dino_adapters.pretrain.spread import Pull, spread
 from dino_adapters.pretrain.targets import sinkhorn_knopp, softmax_centering, update_center
 from dino_adapters.recipes.sections import ObjectiveRecipe
 from dino_adapters.runtime.chance import generator
@@ -142,8 +143,8 @@ class Balance:
         centers: `(1, K)` per term, of softmax centering; empty with Sinkhorn-Knopp.
     """
 
-    def __init__(self, objective: ObjectiveRecipe) -> None:
-        self.objective = objective
+    def __init__(self, objective: ObjectiveRecipe, ranks: Ranks = ALONE) -> None:
+        self.objective, self.ranks = objective, ranks
         self.centers: dict[str, Tensor] = {}
         self._next: dict[str, Tensor] = {}
 
@@ -151,12 +152,16 @@ class Balance:
         """Targets `(B, K)` of logits `(B, K)`."""
         o = self.objective
         if o.centering == "sinkhorn":
-            return sinkhorn_knopp(logits, temperature=temperature, rounds=o.sinkhorn_rounds)
+            return sinkhorn_knopp(
+                logits, temperature=temperature, rounds=o.sinkhorn_rounds, ranks=self.ranks
+            )
         center = self.centers.get(term)
         if center is None:
             center = exact(logits).new_zeros(1, logits.shape[1])
         targets = softmax_centering(logits, center, temperature=temperature)
-        self._next[term] = update_center(center, logits, momentum=o.center_momentum)
+        self._next[term] = update_center(
+            center, logits, momentum=o.center_momentum, ranks=self.ranks
+        )
         return targets
 
     def start(self, centers: Mapping[str, Tensor], device: torch.device) -> None:
@@ -169,41 +174,57 @@ class Balance:
         self.centers |= self._next
         self._next = {}
 
+    def forget(self) -> None:
+        """Leaves the centres of a refused step out."""
+        self._next = {}
+
 
 @torch.no_grad()
 def teach(
     networks: nn.ModuleDict,
-    global_crops: Tensor,
-    masks: Tensor | None,
-    images: int,
+    parts: Sequence[Crops],
     balance: Balance,
     temperature: float,
-) -> Teaching:
+    *,
+    ibot: bool,
+) -> list[Teaching]:
     """The teacher's view of the global crops, which it sees without masks.
+
+    Scores of all micro-batches are balanced together, so that their targets are those of the whole
+    batch.
 
     Args:
         networks: backbone and heads, in eval mode.
-        global_crops: `(G * B, C, S, S)`.
-        masks: bool `(G * B, N)`; True where iBOT wants a target. None without iBOT.
-        images: B.
+        parts: the micro-batches.
         balance: turns scores into targets.
         temperature: divides the scores.
+        ibot: make targets for masked patches.
     """
-    views = len(global_crops) // images
-    features = networks["backbone"](global_crops)
-    logits = networks["dino_head"](features.cls)
-    dino = balance("dino", logits, temperature)
-    ibot = None
-    if masks is not None:
-        ibot = balance("ibot", ibot_head(networks)(features.patches[masks]), temperature)
-    return Teaching(
-        cls=features.cls.unflatten(0, (views, images)),
-        patches=features.patches,
-        grid=features.grid,
-        logits=logits.unflatten(0, (views, images)),
-        dino=dino.unflatten(0, (views, images)),
-        ibot=ibot,
-    )
+    seen, scores, hidden = [], [], []
+    for part in parts:
+        features = networks["backbone"](part.global_crops)
+        seen.append(features)
+        scores.append(networks["dino_head"](features.cls))
+        if ibot and part.masks is not None:
+            hidden.append(ibot_head(networks)(features.patches[part.masks]))
+    dino = balance("dino", torch.cat(scores), temperature).split([len(rows) for rows in scores])
+    patches: Sequence[Tensor | None] = [None] * len(parts)
+    if hidden:
+        targets = balance("ibot", torch.cat(hidden), temperature)
+        patches = targets.split([len(rows) for rows in hidden])
+    return [
+        Teaching(
+            cls=features.cls.unflatten(0, (-1, part.images)),
+            patches=features.patches,
+            grid=features.grid,
+            logits=logits.unflatten(0, (-1, part.images)),
+            dino=own.unflatten(0, (-1, part.images)),
+            ibot=own_patches,
+        )
+        for part, features, logits, own, own_patches in zip(
+            parts, seen, scores, dino, patches, strict=True
+        )
+    ]
 
 
 def learn(networks: nn.ModuleDict, crops: Crops, *, hide: bool) -> Learning:
@@ -244,6 +265,9 @@ def terms(
     teacher: Teaching,
     crops: Crops,
     knobs: Knobs,
+    *,
+    ranks: Ranks = ALONE,
+    pull: Pull | None = None,
 ) -> Losses:
     """All terms but Gram's, and their weighted sum.
 
@@ -256,6 +280,8 @@ def terms(
         teacher: what the teacher does.
         crops: the views, for their masks.
         knobs: the step's weights.
+        ranks: who shares the batch.
+        pull: what the regularizer asks, where it looks beyond these crops.
     """
     o, views = objective, len(student.logits)
     temp = o.student_temperature
@@ -276,33 +302,9 @@ def terms(
         value = ibot_loss(student.ibot, teacher.ibot, weights, len(crops.masks), temperature=temp)
         losses = losses.plus("ibot", value, o.ibot_weight)
     if o.regularizer != "none":
-        value = spread(o, student.cls, knobs.step)
+        if pull is None:
+            value = spread(o, student.cls, knobs.step, ranks=ranks, kin=crops.kin)
+        else:
+            value = pull.on(student.cls)
         losses = losses.plus(o.regularizer, value, views * knobs.regularizer_weight)
     return losses
-
-
-def spread(objective: ObjectiveRecipe, cls: Tensor, step: int) -> Tensor:
-    """The regularizer that keeps class tokens apart: mean over global crops, each by itself.
-
-    All look at class tokens before the head, SIGReg too. Others put it on the head's bottleneck,
-    whose values start near 0 in small heads, where its gradient vanishes: in the small network of
-    the tests it is a millionth of that on class tokens.
-
-    Args:
-        objective: which one, and its options.
-        cls: class tokens `(G, B, D)` before the head.
-        step: seeds SIGReg's directions.
-    """
-    each = []
-    for tokens in cls:
-        if objective.regularizer == "kde":
-            each.append(kde_loss(tokens))
-        elif objective.regularizer == "sigreg":
-            each.append(sigreg_loss(tokens, step=step))
-        else:
-            each.append(
-                koleo_loss(
-                    tokens, neighbours=objective.koleo_neighbours, group=objective.koleo_group
-                )
-            )
-    return torch.stack(each).mean()

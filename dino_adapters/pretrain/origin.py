@@ -17,7 +17,8 @@ from dino_adapters.backbones import build_network
 from dino_adapters.backbones.card import exports_below
 from dino_adapters.contracts import BackboneInfo, RecipeError, WeightsError
 from dino_adapters.pretrain.objective import CENTER, Tensors, make_networks
-from dino_adapters.recipes.sections import GramRecipe, ObjectiveRecipe
+from dino_adapters.recipes.sections import ObjectiveRecipe
+from dino_adapters.recipes.teachers import GramRecipe
 from dino_adapters.runtime.console import Notices
 from dino_adapters.runtime.runfolder import RunFolder
 
@@ -185,7 +186,7 @@ def gram_network(
         RecipeError: its tensors are not of the student's names and shapes, or it was trained with
             another normalisation.
     """
-    if gram is None or gram.teacher in ("ema", "live"):
+    if gram is None or gram.teacher in ("ema", "live", "start"):
         return None
     network, other = build_network(origin.find(gram.teacher), bands=info.bands, notices=notices)
     refuse_untrained("gram.teacher", gram.teacher, other)

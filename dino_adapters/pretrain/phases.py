@@ -6,25 +6,34 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
 from dino_adapters.backbones.card import CARD
 from dino_adapters.contracts import RecipeError, ShapeError, UnknownNameError, WeightsError
 from dino_adapters.data import load_source
-from dino_adapters.pretrain.assemble import NOTHING_TO_RESUME, import_modules, make_optimizer
+from dino_adapters.pretrain.assemble import (
+    NOTHING_TO_RESUME,
+    import_modules,
+    read_guides,
+    say,
+)
 from dino_adapters.pretrain.build import make_learner
 from dino_adapters.pretrain.delivery import copy_export, export_averages
-from dino_adapters.pretrain.intake import Intake
+from dino_adapters.pretrain.intake import Intake, count_images
 from dino_adapters.pretrain.learner import Learner
 from dino_adapters.pretrain.loop import train
 from dino_adapters.pretrain.origin import Origin, snapshot_folder
+from dino_adapters.pretrain.parallel import in_one_piece
+from dino_adapters.pretrain.resolve import resolve
 from dino_adapters.pretrain.resume import check_same_run
 from dino_adapters.pretrain.sizes import snapshot_steps
 from dino_adapters.recipes.pretrain import PhaseRecipe, PretrainRecipe
 from dino_adapters.recipes.sections import ModelRecipe
 from dino_adapters.runtime.console import Notices
 from dino_adapters.runtime.runfolder import RunFolder
+from dino_adapters.runtime.world import joined
 
 LOGGER = logging.getLogger(__name__)
 
@@ -35,6 +44,7 @@ def pretrain(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    accept_changes: bool = False,
     overrides: Sequence[str] = (),
     quiet: bool = False,
     notices: Notices | None = None,
@@ -47,6 +57,7 @@ def pretrain(
             Phases have folders of their own in it, `phases/1_NAME`, each like that of a run.
         resume: go on from the last checkpoint; finished phases are kept.
         overwrite: replace a run that stands in the folder, once nothing is left to refuse.
+        accept_changes: go on although settings differ from those that the run began with.
         overrides: the words `key=value` behind the recipe, for the record.
         quiet: no progress display.
         notices: collects what was skipped, converted or assumed.
@@ -58,31 +69,26 @@ def pretrain(
     Raises:
         RunFolderError: the folder holds a run and `resume` is off.
         RecipeError, DataError, WeightsError: found before the first step.
-        NotFiniteError: a loss or gradient was not finite; nothing of that step was applied.
+        NotFiniteError: too many steps were not finite; nothing of them was applied.
+        CollapseError: features collapsed, and the recipe says to stop then.
+        Preempted: SIGTERM came, and the state was saved.
     """
     notices = Notices() if notices is None else notices
     refuse_unread_model(recipe)
+    told: dict[str, Any] = {"quiet": quiet, "notices": notices, "accept_changes": accept_changes}
     if not recipe.phases:
-        return train(
-            recipe,
-            folder,
-            resume=resume,
-            overwrite=overwrite,
-            overrides=overrides,
-            quiet=quiet,
-            notices=notices,
-        )
-    with folder.lock():
+        told |= {"resume": resume, "overwrite": overwrite, "overrides": overrides}
+        return train(recipe, folder, **told)
+    with joined(recipe.device) as world, folder.lock(only=world.leads):
+        asked = recipe.model_dump(mode="json")
+        import_modules(recipe.imports)
+        # Once for all phases, so that they share batch and prototypes.
+        recipe, reasons = resolve(recipe, count_images(recipe, notices))
+        say(reasons)
         check_phases(recipe, notices)
-        told = recipe.model_dump(mode="json")
-        if resume and folder.holds_a_run:
-            check_same_run(folder, told)
-        else:
-            if resume:
-                LOGGER.warning(NOTHING_TO_RESUME, folder.path)
-            if overwrite:
-                folder.empty()
-            folder.begin(told, overrides)
+        if world.leads:
+            begin(folder, asked, recipe, resume, overwrite, accept_changes, overrides)
+        world.wait()
         warn_of_shadows(recipe, overrides)
         earlier: dict[str, RunFolder] = {}
         for index, (phase, plan) in enumerate(recipe.plans(), start=1):
@@ -92,13 +98,37 @@ def pretrain(
             else:
                 LOGGER.info("phase %d of %d: %s", index, len(recipe.phases), phase.name)
                 origin = Origin(phase.start or "fresh", earlier, phased=True)
-                train(plan, part, resume=True, quiet=quiet, notices=notices, origin=origin)
+                train(plan, part, resume=True, origin=origin, **told)
             earlier = earlier | {phase.name: part}
         for line in notices.summary():
             LOGGER.info("%s", line)
         for name, part in earlier.items():
             LOGGER.info("phase %s: %s", name, part.export)
-        return copy_export(list(earlier.values())[-1].export, folder.export)
+        if world.leads:
+            copy_export(list(earlier.values())[-1].export, folder.export)
+        world.wait()
+        return folder.export
+
+
+def begin(
+    folder: RunFolder,
+    asked: dict[str, Any],
+    recipe: PretrainRecipe,
+    resume: bool,
+    overwrite: bool,
+    accept_changes: bool,
+    overrides: Sequence[str],
+) -> None:
+    """Takes the folder for a run of several phases, or finds that it holds this one."""
+    told = recipe.model_dump(mode="json")
+    if resume and folder.holds_a_run:
+        check_same_run(folder, asked, told, accept=accept_changes)
+        return
+    if resume:
+        LOGGER.warning(NOTHING_TO_RESUME, folder.path)
+    if overwrite:
+        folder.empty()
+    folder.begin(told, overrides, asked=asked)
 
 
 def warn_of_shadows(recipe: PretrainRecipe, overrides: Sequence[str]) -> None:
@@ -212,36 +242,25 @@ def _rehearse(
             )
     import_modules(plan.imports)
     device = torch.device("cpu")
-    intake = Intake(load_source(plan.data, notices=notices), plan, notices)
-    learner, infos = make_learner(plan, intake, origin, device, notices)
+    source = load_source(plan.data, notices=notices)
+    intake = Intake(source, plan, notices)
+    plan, _ = resolve(plan, len(intake.keys))
+    metadata = read_guides(plan, source, intake, notices)
+    learner, infos = make_learner(plan, intake, origin, device, notices, metadata=metadata)
     if origin.start == "state" and before is not None:
         try:
-            learner.load_state({k: v for k, v in before[1].state().items() if k != "gram"})
+            held = before[1].state()
+            learner.load_state({k: v for k, v in held.items() if k not in ("gram", "start")})
         except (KeyError, RuntimeError) as error:
             raise RecipeError(
                 "its networks or heads are not those of the phase before, whose state it starts "
                 "from. Keep model and heads as they were, or set start='teacher'."
             ) from error
-        if grouped_names(learner, plan) != grouped_names(before[1], before[0]):
-            raise RecipeError(
-                "optim.layer_decay, optim.patch_embed_multiplier or optim.decay_rule groups its "
-                "parameters otherwise than the phase before, whose optimiser it goes on with. Keep "
-                "them as they were, or set start='teacher'."
-            )
-    export_averages(plan, learner, infos, folder.export, {"steps": 0})
+    averages = {name: in_one_piece(found, None) for name, found in learner.averages.items()}
+    heads = {name: learner.heads(name) for name in averages}
+    export_averages(plan, learner, infos, folder.export, {"steps": 0}, averages, heads)
     for step in snapshot_steps(plan):
         snapshot = snapshot_folder(folder, step)
         snapshot.parent.mkdir(parents=True, exist_ok=True)
         snapshot.symlink_to(folder.export, target_is_directory=True)
     return learner
-
-
-def grouped_names(learner: Learner, recipe: PretrainRecipe) -> list[list[str]]:
-    """Names of the parameters in each group of the optimiser."""
-    names = {
-        parameter: f"{student}/{name}"
-        for student, networks in learner.students.items()
-        for name, parameter in networks.named_parameters()
-    }
-    groups = make_optimizer(learner, recipe).param_groups
-    return [[names[parameter] for parameter in group["params"]] for group in groups]

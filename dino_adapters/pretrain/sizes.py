@@ -38,6 +38,11 @@ def largest_side(recipe: PretrainRecipe) -> int:
     return max(max(s.global_size, s.gram_size or 0) for s in all_sizes(recipe))
 
 
+def largest_global(recipe: PretrainRecipe) -> int:
+    """The largest global crop, in pixels."""
+    return max(sizes.global_size for sizes in all_sizes(recipe))
+
+
 def snapshot_steps(recipe: PretrainRecipe) -> frozenset[int]:
     """After which steps a backbone is exported on the way, evenly spread."""
     count = recipe.checkpoint.snapshots

@@ -20,6 +20,8 @@ class DataRecipe(
     """A folder (searched below), a glob pattern, or a CSV with a column `path`."""
     labels: str | None = None
     """A CSV with the columns `path` and `label` (and `group`), or `folder`: the folder's name."""
+    metadata: str | None = None
+    """A CSV with the column `path` and those that `guides` name; cells may be empty."""
     bands: tuple[str, ...] | None = None
     """Names of the files' channels in their order; needed for anything but grey or RGB."""
     value_range: tuple[float, float] | None = None

@@ -7,12 +7,13 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from dino_adapters.recipes.continuing import AnchorRecipe, GuideRecipe, LoraRecipe
 from dino_adapters.recipes.data import DataRecipe
+from dino_adapters.recipes.running import GateRecipe, GuardRecipe, MonitorRecipe, ParallelRecipe
 from dino_adapters.recipes.sections import (
     CheckpointRecipe,
+    Count,
     CropsRecipe,
-    DistillRecipe,
-    GramRecipe,
     MasksRecipe,
     ModelRecipe,
     ObjectiveRecipe,
@@ -20,7 +21,11 @@ from dino_adapters.recipes.sections import (
     ScheduleRecipe,
     Section,
 )
+from dino_adapters.recipes.teachers import DistillRecipe, GramRecipe
 from dino_adapters.runtime.chance import derive
+
+OFF_OR_SAME = ("gram", "lora", "anchor")
+"""Sections that a phase keeps unless told otherwise, None being off."""
 
 
 class PhaseRecipe(Section):
@@ -48,6 +53,10 @@ class PhaseRecipe(Section):
     off."""
     distill: dict[str, Any] | None = None
     """Makes this phase a distillation."""
+    lora: dict[str, Any] | Literal["same"] | None = "same"
+    """Changes to the recipe's section of this name, as of `gram`."""
+    anchor: dict[str, Any] | Literal["same"] | None = "same"
+    """Changes to the recipe's section of this name, as of `gram`."""
     optim: dict[str, Any] = Field(default_factory=dict)
     """Changes to the recipe's section of this name."""
     schedule: dict[str, Any] = Field(default_factory=dict)
@@ -75,14 +84,28 @@ class PretrainRecipe(Section):
     """Gram anchoring; None is off."""
     distill: DistillRecipe | None = None
     """Distillation from a frozen teacher, in place of self-distillation."""
+    lora: LoraRecipe | None = None
+    """Low-rank adapters; None trains all weights."""
+    anchor: AnchorRecipe | None = None
+    """Ties class tokens to those of the start; None does not."""
+    guides: tuple[GuideRecipe, ...] = ()
+    """Columns of `data.metadata` that attract or repel."""
     optim: OptimRecipe = OptimRecipe()
     """The optimiser."""
     schedule: ScheduleRecipe = ScheduleRecipe()
     """The run in time."""
     checkpoint: CheckpointRecipe = CheckpointRecipe()
     """What is kept."""
-    steps: int = Field(default=1000, ge=1)
-    """Optimiser steps of the whole run."""
+    monitor: MonitorRecipe = MonitorRecipe()
+    """What is watched."""
+    gate: GateRecipe | None = None
+    """Deliver the better of start and result; None delivers the result."""
+    guard: GuardRecipe = GuardRecipe()
+    """What happens to steps that are not finite."""
+    parallel: ParallelRecipe = ParallelRecipe()
+    """How a step is divided."""
+    steps: Count = 1000
+    """Optimiser steps of the whole run; `auto` follows the number of images."""
     seed: int = Field(default=0, ge=0)
     """Same seed, same weights."""
     device: str = "auto"
@@ -114,7 +137,7 @@ class PretrainRecipe(Section):
     def _check_gram(self) -> None:
         if self.gram is None:
             return
-        if self.gram.copy_at is not None and self.gram.copy_at >= self.steps:
+        if self.steps and self.gram.copy_at is not None and self.gram.copy_at >= self.steps:
             raise ValueError(
                 f"gram.copy_at is {self.gram.copy_at} and there are {self.steps} steps. Give a "
                 "step of the run, counted from 0"
@@ -134,6 +157,8 @@ class PretrainRecipe(Section):
         o, batch = self.objective, self.optim.batch_size
         if o.regularizer != "koleo":
             return
+        if not batch:
+            return  # decided with the number of images
         if o.koleo_group is not None and batch % o.koleo_group:
             raise ValueError(
                 f"objective.koleo_group is {o.koleo_group} and optim.batch_size is {batch}. Give a "
@@ -174,8 +199,9 @@ class PretrainRecipe(Section):
         base = self.model_copy(update={"phases": ()})
         plans = []
         for index, phase in enumerate(self.phases):
-            told = phase.model_dump(exclude={"name", "start", "gram"}, exclude_none=True)
-            changes = told if phase.gram == "same" else told | {"gram": phase.gram}
+            told = phase.model_dump(exclude={"name", "start", *OFF_OR_SAME}, exclude_none=True)
+            own = {name: getattr(phase, name) for name in OFF_OR_SAME}
+            changes = told | {name: value for name, value in own.items() if value != "same"}
             if index:
                 changes["seed"] = derive(self.seed, "phase", index)
             try:

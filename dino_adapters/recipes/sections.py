@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 StudentName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+Count = Annotated[int, Field(ge=0), BeforeValidator(lambda v: 0 if v == "auto" else v)]
+"""A number that `auto`, or 0, leaves to the data; see `pretrain.resolve`."""
 
 
 class Section(BaseModel):
@@ -157,8 +159,9 @@ class ObjectiveRecipe(Section):
     """Nearest neighbours that KoLeo pushes away."""
     koleo_group: int | None = Field(default=None, ge=2)
     """Images among which KoLeo looks for neighbours; None is the whole batch."""
-    prototypes: int = Field(default=1024, ge=2)
-    """K of the DINO head. Keep log(K / (2 * batch size)) below about 3."""
+    prototypes: Count = 1024
+    """K of the DINO head; `auto` follows batch and number of images. Keep
+    log(K / (2 * batch size)) below about 3."""
     ibot_prototypes: int | None = Field(default=None, ge=2)
     """K of the iBOT head; None takes `prototypes`."""
     hidden_dim: int = Field(default=512, ge=1)
@@ -205,8 +208,8 @@ class ObjectiveRecipe(Section):
 class OptimRecipe(Section):
     """AdamW and what it is applied to."""
 
-    batch_size: int = Field(default=32, ge=1)
-    """Images of one step."""
+    batch_size: Count = 32
+    """Images of one step, over all devices and micro-batches; `auto` follows their number."""
     lr: float = Field(default=1e-3, gt=0.0)
     """Peak learning rate, before `lr_rule`."""
     lr_rule: Literal["none", "sqrt_1024", "linear_256"] = "none"
@@ -226,9 +229,10 @@ class OptimRecipe(Section):
     """What weight decay spares: vectors and tokens, or the reference's list of words, which
     decays tokens and some norms of ConvNeXt."""
     layer_decay: float = Field(default=0.9, gt=0.0, le=1.0)
-    """Learning rate of a block over that of the next one; ViT only."""
+    """Learning rate of a block over that of the next one, or of a stage in networks of timm that
+    have no blocks."""
     patch_embed_multiplier: float = Field(default=0.2, ge=0.0)
-    """Further factor on the learning rate of our networks' patch embedding."""
+    """Further factor on the learning rate of a transformer's patch embedding."""
 
 
 class ScheduleRecipe(Section):
@@ -240,96 +244,25 @@ class ScheduleRecipe(Section):
 
     warmup: Fraction = 0.1
     """Linear rise of the learning rate; half a cosine follows."""
+    freeze_backbone: Fraction = 0.0
+    """The backbone stays as it starts for so long while new heads learn; nothing is computed
+    backwards through it, unless bands that it never saw need a patch embedding."""
+    backbone_ramp: Fraction = 0.0
+    """Linear rise of the backbone's learning rate from 0 after that, on top of `warmup`."""
     freeze_last_layer: Fraction = 0.01
     """The prototypes stay as they start for so long."""
     temperature_warmup: Fraction = 0.3
     """Linear rise of the teacher's temperature."""
     momentum: tuple[Fraction, Fraction] = (0.992, 1.0)
     """Of the teacher's moving average, at the first and the last step; half a cosine between."""
+    momentum_span: Fraction = 0.0
+    """Share of the run that the moving average spans at the start: above 0, the first value of
+    `momentum` is `1 - 1 / (share * steps)`, so that short runs move their teacher, too."""
 
     local_ramp: Fraction = 0.0
     """Half a cosine between the two values of `objective.local_weight`."""
     regularizer_warmup: Fraction = 0.0
     """Linear rise of the regularizer's weight: at the very start KoLeo outweighs all else."""
-
-
-class GramRecipe(Section):
-    """Gram anchoring: similarities between patches are tied to those of an older network."""
-
-    teacher: str = "ema"
-    """`ema` (a copy of the moving average), `live` (the moving average itself), the name of an
-    earlier phase, its snapshot `PHASE@STEP`, or weights that `load_backbone` opens."""
-    copy_at: int | None = Field(default=None, ge=0)
-    """Step of this phase before which the moving average is copied; None is 0 for `ema`, and never
-    for others. With `ema` the term begins, and its ramp, at that step."""
-    refresh_every: int | None = Field(default=None, ge=1)
-    """Replace the Gram teacher by the moving average every so many steps; None never."""
-    first_refresh: int = Field(default=0, ge=0)
-    """No replacement before so many steps are done."""
-    max_refreshes: int | None = Field(default=None, ge=0)
-    """At most so many replacements."""
-    weight: float = Field(default=2.0, ge=0.0)
-    """Weight of the mean of squared differences."""
-    ramp: Fraction = 0.0
-    """Half a cosine from 0 to the weight, as a share of the phase."""
-    size: int | None = Field(default=None, ge=8)
-    """Side of the Gram teacher's crops in pixels; None is that of the global crops. DINOv3 takes
-    1.5 to 2 times that."""
-    distort: bool = False
-    """Colour and blur the Gram teacher's crops like the student's."""
-    level: Literal["image", "batch"] = "image"
-    """Similarities within each crop, or between all patches of the batch."""
-    normalize: bool = True
-    """Cosine similarities."""
-    negatives: Literal["keep", "clip", "clip_teacher", "clip_shared"] = "keep"
-    """Negative similarities: kept, set to 0 in both, in the teacher alone (what the reference
-    does), or in the teacher and where both are negative (what it documents)."""
-    tokens: Literal["all", "masked", "unmasked"] = "all"
-    """Which patches, by the student's masks; a choice compares at batch level."""
-    resize: Literal["bicubic", "bilinear"] = "bicubic"
-    """How the teacher's finer grid is brought to the student's."""
-    antialias: bool = False
-    """Smooth while doing so."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.refresh_every is None and (self.first_refresh or self.max_refreshes is not None):
-            raise ValueError(
-                "first_refresh or max_refreshes is given without refresh_every. Say how often "
-                "the Gram teacher is replaced, or leave them out"
-            )
-        own = {"size", "distort", "copy_at", "refresh_every"}
-        given = sorted(name for name in own if getattr(self, name) not in (None, False))
-        if self.teacher == "live" and given:
-            raise ValueError(
-                f"{given[0]} is given, and with teacher=live the moving average's own tokens are "
-                "used. Leave it out, or set teacher=ema"
-            )
-        return self
-
-
-class StudentRecipe(Section):
-    """One student of a distillation."""
-
-    source: str
-    """A catalogue name (random start), or anything that `load_backbone` opens (its weights)."""
-    architecture: dict[str, Any] = Field(default_factory=dict)
-    """Changes to the named architecture; only with a catalogue name."""
-    drop_path: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Stochastic depth."""
-
-
-class DistillRecipe(Section):
-    """Smaller students learn from a frozen teacher; one forward pass of it serves all of them."""
-
-    teacher: str | None = None
-    """An earlier phase, `PHASE/STUDENT` where it made several, or anything that `load_backbone`
-    opens; None is the phase before."""
-    by: Literal["auto", "heads", "features"] = "auto"
-    """What is imitated: the teacher's assignments to its prototypes, which needs its heads (our
-    exports hold them), or its features. auto: heads where there are any."""
-    students: dict[StudentName, StudentRecipe] = Field(min_length=1)
-    """By name; each gets an export of its own."""
 
 
 class CheckpointRecipe(Section):

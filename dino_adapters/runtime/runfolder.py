@@ -1,7 +1,8 @@
 """RunFolder: where a run keeps everything that it was told and everything that it found.
 
-recipe.json          the resolved recipe          environment.json   versions, machine
-overrides.txt        key=value words              log.txt            for people
+recipe.json          the resolved recipe          asked.json         as it was given, with its autos
+overrides.txt        key=value words              environment.json   versions, machine
+log.txt              for people
 metrics.jsonl        for machines, a row a note   checkpoints/  export/  report/
 """
 
@@ -14,13 +15,13 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dino_adapters.contracts import RunFolderError
+from dino_adapters.contracts import DiskFullError, RunFolderError
 from dino_adapters.runtime.files import write_json, write_text
 
 LOCK = ".lock"
@@ -37,6 +38,11 @@ class RunFolder:
     def recipe_file(self) -> Path:
         """The resolved recipe as JSON."""
         return self.path / "recipe.json"
+
+    @property
+    def asked_file(self) -> Path:
+        """The recipe as it was given, before the data settled anything."""
+        return self.path / "asked.json"
 
     @property
     def metrics_file(self) -> Path:
@@ -74,13 +80,19 @@ class RunFolder:
         return self.recipe_file.exists()
 
     def begin(
-        self, recipe: dict[str, Any], overrides: Sequence[str] = (), *, resumable: bool = True
+        self,
+        recipe: dict[str, Any],
+        overrides: Sequence[str] = (),
+        *,
+        asked: dict[str, Any] | None = None,
+        resumable: bool = True,
     ) -> None:
         """Creates the folder and writes what the run was told.
 
         Args:
             recipe: The resolved recipe.
             overrides: `key=value` words of the command line.
+            asked: The recipe as it was given; None is `recipe`.
             resumable: Whether the command has --resume, which the refusal then offers.
 
         Raises:
@@ -103,6 +115,7 @@ class RunFolder:
         self._make()
         write_json(self.path / "environment.json", environment())
         write_text(self.path / "overrides.txt", "".join(f"{word}\n" for word in overrides))
+        write_json(self.asked_file, recipe if asked is None else asked)
         write_json(self.recipe_file, recipe)  # last: its presence says that the folder is complete
 
     def empty(self) -> None:
@@ -122,12 +135,18 @@ class RunFolder:
                 entry.unlink()
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, *, only: bool = True) -> Iterator[None]:
         """Holds the folder for one writer; the lock goes with the process.
+
+        Args:
+            only: False does nothing: another process of this job holds it for all.
 
         Raises:
             RunFolderError: another process writes here, or the folder cannot be written.
         """
+        if not only:
+            yield
+            return
         self._make()
         try:
             opened = (self.path / LOCK).open("a")
@@ -160,10 +179,20 @@ class RunFolder:
         )
 
     def note(self, row: dict[str, Any]) -> None:
-        """Appends one row to metrics.jsonl; non-finite numbers are written as null."""
+        """Appends one row to metrics.jsonl; non-finite numbers are written as null.
+
+        Raises:
+            DiskFullError: there is no room, or the file cannot be written for another reason.
+        """
         line = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False)
-        with self.metrics_file.open("a", encoding="utf-8") as opened:
-            opened.write(line + "\n")
+        try:
+            with self.metrics_file.open("a", encoding="utf-8") as opened:
+                opened.write(line + "\n")
+        except OSError as error:
+            raise DiskFullError(
+                f"{self.metrics_file} cannot be written ({error.strerror or error}). Make room, "
+                "and go on with --resume: saved states are whole."
+            ) from error
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows of metrics.jsonl; a half-written last line is left out."""
@@ -175,9 +204,13 @@ class RunFolder:
                 rows.append(json.loads(line))
         return rows
 
-    def drop_rows_from(self, step: int) -> None:
-        """Removes rows of steps >= `step`, which a resumed run will write again."""
-        kept = [row for row in self.rows() if int(row.get("step", -1)) < step]
+    def rows_with(self, name: str) -> list[dict[str, Any]]:
+        """Rows of metrics.jsonl that hold this number, as those of steps hold `loss`."""
+        return [row for row in self.rows() if name in row]
+
+    def keep_rows(self, which: Callable[[dict[str, Any]], bool]) -> None:
+        """Removes the other rows, which a run that was resumed or went back will write again."""
+        kept = [row for row in self.rows() if which(row)]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
         write_text(self.metrics_file, lines)
 

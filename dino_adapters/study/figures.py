@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import html
 import io
+import itertools
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,9 +67,25 @@ _TERMS = {
     "kde": "KDE, spread",
     "sigreg": "SIGReg, spread",
     "gram": "Gram",
+    "anchor": "anchor, class tokens",
     "cls": "class token",
     "patches": "patch tokens",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One of several small charts.
+
+    Attributes:
+        title: What is drawn, with its unit.
+        lines: Name -> points `(x, y)`, or `(x, y, low, high)` with a band, in ascending x.
+        levels: Name -> height of a dotted line across, in the colour of the line of that name.
+    """
+
+    title: str
+    lines: Mapping[str, Sequence[tuple[float, ...]]]
+    levels: Mapping[str, float] = field(default_factory=dict)
 
 
 def loss_curves(
@@ -207,6 +225,56 @@ def accuracy_over_time(
         return _finish(
             figure, title or "Accuracy while training.", "Band: 95 % interval over the draws."
         )
+
+
+def small_multiples(
+    panels: Sequence[Panel], *, unit: str, title: str, caption: str, columns: int = 3
+) -> Figure:
+    """Several small charts over the same axis.
+
+    Args:
+        panels: The charts, row by row.
+        unit: What the horizontal axis counts.
+        title: Sentence above the picture.
+        caption: What good looks like, and what the lines are.
+        columns: Charts side by side, at most.
+
+    Raises:
+        DataError: there is no panel.
+    """
+    if not panels:
+        raise DataError("There is nothing to draw. Give at least one chart with a point in it.")
+    columns = min(columns, len(panels))
+    lines = -(-len(panels) // columns)
+    with _style():
+        figure = _canvas(2.9 * columns, 2.1 * lines)
+        grid = figure.subplots(lines, columns, squeeze=False, sharex=True)
+        for place in grid.flat[len(panels) :]:
+            place.remove()
+        for index, (place, panel) in enumerate(zip(grid.flat, panels, strict=False)):
+            _draw_panel(place, panel)
+            if index + columns >= len(panels):  # nothing stands below it
+                place.set_xlabel(unit)
+                place.tick_params(labelbottom=True)
+        return _finish(figure, title, caption)
+
+
+def _draw_panel(place: Any, panel: Panel) -> None:
+    place.set_title(panel.title)
+    colours = dict(zip(panel.lines, itertools.cycle(_COLOURS), strict=False))
+    for index, (name, points) in enumerate(panel.lines.items()):
+        colour = colours[name]
+        x, y, *band = np.array(points, dtype=float).T
+        if band:
+            place.fill_between(x, band[0], band[1], color=colour, alpha=0.18, linewidth=0)
+        line, marker = _LINES[index % len(_LINES)], _MARKERS[index % len(_MARKERS)]
+        look = {"linestyle": line, "linewidth": 1.6, "marker": marker, "markersize": 3.5}
+        place.plot(x, y, color=colour, label=name, **look)
+    for name, level in panel.levels.items():
+        label = "_" if name in colours else name
+        place.axhline(level, color=colours.get(name, _INK), linewidth=1, linestyle=":", label=label)
+    if len({*panel.lines, *panel.levels}) > 1:
+        place.legend(loc="best", fontsize=7.5, handlelength=1.8)
 
 
 def _style() -> Any:

@@ -18,6 +18,9 @@ SCRATCH_STEPS, CONTINUE_STEPS = 400, 180
 # Blur and solarise, made for objects of 224 px, remove the textures that small crops consist of.
 MILD: dict[str, Any] = {"blur": (0.0, 0.2, 0.1), "blur_sigma": (0.1, 1.0), "solarize": 0.1}
 
+# Few and short, as these runs take minutes.
+LOOKS: dict[str, Any] = {"every": 0.25, "images": 64}
+
 
 def scratch_plan(
     data: DataRecipe, split: Path | None, *, side: int, steps: int, seed: int
@@ -40,6 +43,7 @@ def scratch_plan(
             "objective": {"prototype_norm": 1.0},
             "optim": {"lr": 3e-3, "layer_decay": 1.0, "weight_decay": (0.04, 0.1)},
             "checkpoint": {"snapshots": 2},
+            "monitor": LOOKS,
             "steps": steps,
             "seed": seed,
         }
@@ -86,6 +90,7 @@ def continue_plan(
             "optim": {"lr": 1e-3, "weight_decay": (0.04, 0.04)},
             "schedule": {"momentum": (0.996, 1.0)},
             "checkpoint": {"every_steps": 50, "snapshots": 2},
+            "monitor": LOOKS,
             "steps": steps,
             "seed": seed,
         }

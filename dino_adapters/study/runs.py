@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from dino_adapters.runtime.console import duration
 from dino_adapters.runtime.runfolder import RunFolder
 from dino_adapters.study.figures import loss_curves, shot_chart
 from dino_adapters.study.shot_table import FewShotTable
+from dino_adapters.study.watched import by_student, steps_of, verdict, watched
 
 EVALUATION = "evaluation.json"
 FEWSHOT = "fewshot.json"
@@ -26,6 +26,7 @@ _WORDS = {
     "kde": "KDE",
     "sigreg": "SIGReg",
     "gram": "Gram",
+    "anchor": "anchor, class tokens",
     "cls": "class token",
     "patches": "patch tokens",
     "images": "images seen",
@@ -58,16 +59,18 @@ def run_report(folder: RunFolder) -> Report:
 
 
 def pretrain_report(folder: RunFolder, recipe: Mapping[str, Any]) -> Report:
-    """Loss curves, and what the run was told.
+    """Loss curves, what the looks saw, and what the run was told.
 
     Raises:
-        DataError: fewer than two rows were noted.
+        DataError: fewer than two rows were noted, or the gate's verdict cannot be read.
     """
     rows = folder.rows()
+    noted = steps_of(rows)
     distill = recipe.get("distill")
     name = ", ".join(distill["students"]) if distill else recipe["model"]["source"]
-    figure = loss_curves({name: rows})
-    last = rows[-1]
+    figure = loss_curves({name: noted})
+    last = noted[-1]
+    seen = watched(folder, recipe, rows)
     steps = int(last["step"]) + 1
     said = (
         f"{name} learned without labels for {steps:,} of {recipe['steps']:,} steps: "
@@ -79,30 +82,33 @@ def pretrain_report(folder: RunFolder, recipe: Mapping[str, Any]) -> Report:
         after = "The run has not ended: continue it with --resume."
     return Report(
         title=f"Pretraining {name}",
-        summary=(said, after),
-        tables=(_last_numbers({"value": last}),),
-        figures=(figure,),
-        notes=_warnings(last, recipe),
+        summary=(said, after, *verdict(folder), *seen.alarms),
+        tables=(_last_numbers({"value": last}), *seen.tables),
+        figures=(figure, *seen.figures),
+        notes=seen.notes,
         provenance=provenance(folder, recipe, "pretrain"),
     )
 
 
 def phases_report(folder: RunFolder, recipe: Mapping[str, Any]) -> Report:
-    """A run of several phases: curves of all of them, and each one's last numbers.
+    """A run of several phases: curves of all of them, each one's last numbers, and its looks.
 
     Raises:
-        DataError: no phase has noted two rows yet.
+        DataError: no phase has noted two rows yet, or a verdict cannot be read.
     """
     names = [phase["name"] for phase in recipe["phases"]]
     curves: dict[str, list[dict[str, Any]]] = {}
     last: dict[str, Mapping[str, Any]] = {}
-    ended = []
+    ended, said, seen = [], list(verdict(folder)), []
     for name, part in folder.phases.items():
         rows = part.rows()
-        if not rows:
+        noted = steps_of(rows)
+        if not noted:
             continue
-        curves |= by_student(name, rows)
-        last[name] = rows[-1]
+        curves |= by_student(name, noted)
+        last[name] = noted[-1]
+        seen.append(watched(part, _read(part.recipe_file), rows, name=name))
+        said += [f"{name}: {sentence}" for sentence in verdict(part)]
         if part.export.is_dir():
             ended.append(name)
     left = [name for name in names if name not in ended]
@@ -115,9 +121,12 @@ def phases_report(folder: RunFolder, recipe: Mapping[str, Any]) -> Report:
             f"{len(ended)} of {len(names)} phases done: {', '.join(ended) or 'none'}. Losses of "
             "different phases have different terms and weights.",
             after,
+            *said,
+            *(alarm for s in seen for alarm in s.alarms),
         ),
-        tables=(_last_numbers(last),) if last else (),
-        figures=(loss_curves(curves),),
+        tables=(*([_last_numbers(last)] if last else []), *(t for s in seen for t in s.tables)),
+        figures=(loss_curves(curves), *(figure for s in seen for figure in s.figures)),
+        notes=tuple(note for s in seen for note in s.notes),
         provenance=provenance(folder, recipe, "pretrain"),
     )
 
@@ -129,19 +138,6 @@ def delivered(folder: RunFolder) -> str:
         return f"The frozen backbones are in {named}; load_backbone opens each."
     last = " of the last phase" if folder.phases else ""
     return f"The frozen backbone{last} is in the folder export; load_backbone opens it."
-
-
-def by_student(name: str, rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Rows of a phase; those of a distillation, whose terms are `STUDENT/TERM`, once a student."""
-    students = sorted({key.split("/")[0] for row in rows for key in row if "/" in key})
-    if not students:
-        return {name: rows}
-    return {
-        f"{name}: {student}": [
-            {key.removeprefix(f"{student}/"): value for key, value in row.items()} for row in rows
-        ]
-        for student in students
-    }
 
 
 def task_report(folder: RunFolder, recipe: Mapping[str, Any]) -> Report:
@@ -223,18 +219,6 @@ def provenance(folder: RunFolder, recipe: Mapping[str, Any], verb: str) -> dict[
         "environment": _read(environment) if environment.exists() else "not recorded",
         "recipe": dict(recipe),
     }
-
-
-def _warnings(last: Mapping[str, Any], recipe: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the last numbers say against the run."""
-    level = math.log(recipe["objective"]["prototypes"])
-    value = last.get("dino_global")
-    if recipe["objective"]["dino_weight"] and value is not None and value > level - 0.02:
-        return (
-            f"The DINO term ended at {value:.2f}; a student that knows nothing is at log(K) = "
-            f"{level:.2f}. Train longer, or lower objective.prototypes.",
-        )
-    return ()
 
 
 def _last_numbers(noted: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -233,7 +233,7 @@ def over_time(
         store = bench.embed(backbone, after.size, bench.keys)
         at = float(backbone.info.training["seconds"])
         moments.append((at, Reading("", backbone, after.size, {}, store).vectors(bench.keys)))
-    moments.append((float(run.rows()[-1]["seconds"]), after.vectors(bench.keys)))
+    moments.append((float(run.rows_with("loss")[-1]["seconds"]), after.vectors(bench.keys)))
     table = few_shots({f"{at}": rows for at, rows in moments}, bench)
     shot = max(bench.shots)
     return [(at, *table.interval(f"{at}", shot)) for at, _ in moments]

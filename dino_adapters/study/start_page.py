@@ -89,7 +89,9 @@ class Page:
                     title=f"{max(self.table.shots)}-shot accuracy while training",
                 ),
             ]
-        figures.append(loss_curves({name: run.rows() for name, run in self.runs.items()}))
+        figures.append(
+            loss_curves({name: run.rows_with("loss") for name, run in self.runs.items()})
+        )
         figures += self._pictures()
         return Report(
             title="Does pretraining on these images help?",
@@ -126,7 +128,7 @@ class Page:
         return (verdict, *(gain.sentence() for gain in reversed(self.gains)), use)
 
     def _training(self, run: RunFolder) -> str:
-        last = run.rows()[-1]
+        last = run.rows_with("loss")[-1]
         rate = last["images"] / max(last["seconds"], 1e-9)
         return (
             f"{last['step'] + 1} steps, {last['images']} images in {duration(last['seconds'])} "

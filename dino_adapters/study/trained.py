@@ -139,7 +139,7 @@ def fit_to_time(plan: PretrainRecipe, run: RunFolder, seconds: float) -> Pretrai
     shutil.rmtree(probe.path, ignore_errors=True)
     still = plan.checkpoint.model_copy(update={"snapshots": 0, "every_steps": PROBE_STEPS})
     pretrain(plan.model_copy(update={"steps": PROBE_STEPS, "checkpoint": still}), probe, quiet=True)
-    rows = probe.rows()
+    rows = probe.rows_with("loss")
     # The first steps decode images and fill caches: they are slower than the rest of the run.
     each = max(rows[-1]["seconds"] - rows[PROBE_COLD]["seconds"], 1e-3)
     each /= PROBE_STEPS - 1 - PROBE_COLD

@@ -53,7 +53,7 @@ def test_report_of_a_run(run, trained):
     page = (out / "report" / "index.html").read_text()
     assert "learned without labels for 4 of 4 steps" in page
     assert "dino-adapters pretrain" in page
-    assert page.count("<svg") == 1
+    assert page.count("<svg") == 2
 
 
 def test_export_of_a_run(run, trained, tmp_path):

@@ -11,7 +11,8 @@ from dino_adapters.pretrain.distill import Distillation
 from dino_adapters.pretrain.learner import SelfDistillation
 from dino_adapters.pretrain.masks import mask_weights
 from dino_adapters.pretrain.objective import make_networks
-from dino_adapters.recipes.sections import GramRecipe, ObjectiveRecipe
+from dino_adapters.recipes.sections import ObjectiveRecipe
+from dino_adapters.recipes.teachers import GramRecipe
 
 from .case import Case, Settings
 from .networks import vit_config

@@ -32,6 +32,7 @@ OWNERS = {
     "matplotlib": "study/figures.py",
     "rasterio": "data/raster.py",
     "skimage": "data/demo_tiles.py",
+    "tensorboard": "pretrain/tensorboard.py",
 }
 # Imported by us, and always there because of a library that we declare.
 ARRIVES_WITH = {"yaml": "mmengine-lite"}

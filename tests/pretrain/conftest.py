@@ -2,9 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from dino_adapters.pretrain import checkpoint
+from dino_adapters.pretrain.flat_state import unflatten
 from dino_adapters.recipes.pretrain import PretrainRecipe
+from dino_adapters.runtime.world import ALONE
 
 TINY = {
     "model": {"source": "vitmicro8", "architecture": {"embed_dim": 24, "num_heads": 2, "depth": 2}},
@@ -15,6 +19,7 @@ TINY = {
     "checkpoint": {"every_steps": 2},
     "data": {"workers": 0},
     "device": "cpu",
+    "monitor": {"every": 0.0},
 }
 
 
@@ -48,3 +53,15 @@ def tiny(photographs):
         return PretrainRecipe.model_validate(merged(told, changes))
 
     return make
+
+
+@pytest.fixture
+def state_of():
+    """Reads all tensors of a checkpoint, nested as the learner and the optimiser have them."""
+
+    def read(path):
+        tensors = checkpoint.blank(path, "", torch.device("cpu"))
+        checkpoint.load(path, tensors, ALONE)
+        return unflatten(tensors, checkpoint.meta_of(path).numbers)
+
+    return read

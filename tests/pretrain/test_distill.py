@@ -14,11 +14,11 @@ from dino_adapters.pretrain import pretrain
 from dino_adapters.pretrain.augment import Crops
 from dino_adapters.pretrain.distill import (
     Distillation,
-    FeatureDistillation,
     check_grids,
     crop_sizes,
     resized,
 )
+from dino_adapters.pretrain.imitate import FeatureDistillation
 from dino_adapters.pretrain.masks import block_masks
 from dino_adapters.pretrain.objective import make_networks
 from dino_adapters.pretrain.optim import Knobs

@@ -28,14 +28,29 @@ def feed(decode=decode, **changes):
 
 
 def numbers(batches):
-    return [(batch[:, 0, 0, 0] * 255).round().int().tolist() for batch in batches]
+    return [(batch.images[:, 0, 0, 0] * 255).round().int().tolist() for batch in batches]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_workers_change_nothing(workers):
     alone = list(feed().batches(0, 7))
     together = list(feed(workers=workers).batches(0, 7))
-    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    for ours, theirs in zip(alone, together, strict=True):
+        assert torch.equal(ours.images, theirs.images)
+        assert torch.equal(ours.looks, theirs.looks)
+        assert ours.keys == theirs.keys
+
+
+def test_processes_share_a_batch_in_its_order():
+    whole = numbers(feed().batches(0, 5))
+    halves = [numbers(feed(share=part).batches(0, 5)) for part in (range(2), range(2, 4))]
+    assert [first + second for first, second in zip(*halves, strict=True)] == whole
+
+
+def test_keys_are_those_of_the_images():
+    for batch in feed().batches(0, 4):
+        (seen,) = numbers([batch])
+        assert [int(key.split(".")[0]) for key in batch.keys] == seen
 
 
 def test_starting_in_the_middle_changes_nothing():
@@ -63,7 +78,7 @@ def test_memory_changes_nothing_but_the_reads():
 
 def test_windows_move_along_the_longer_side():
     ramp = torch.arange(16, dtype=torch.uint8).expand(3, 12, 16)
-    starts = {int(b[0, 0, 0, 0] * 255 + 0.5) for b in feed(lambda _: ramp).batches(0, 40)}
+    starts = {int(b.images[0, 0, 0, 0] * 255 + 0.5) for b in feed(lambda _: ramp).batches(0, 40)}
     assert starts == {0, 1, 2, 3, 4}
 
 

@@ -6,6 +6,7 @@ from PIL import Image
 
 from dino_adapters.data import load_source
 from dino_adapters.pretrain.augment import random_boxes
+from dino_adapters.pretrain.dice import Dice
 from dino_adapters.pretrain.intake import Intake
 from dino_adapters.runtime.console import Notices
 
@@ -35,8 +36,7 @@ def test_the_side_is_that_of_the_smallest_crop_filled_with_pixels(
     # The smallest boxes of such an image hold as many pixels as a crop, up to rounding.
     if not given and side < min(size):
         recipe_scale = recipe.crops.global_scale
-        _, _, height, width = random_boxes(
-            2000, (side, side), recipe_scale, torch.Generator().manual_seed(0)
-        )
+        dice = Dice(torch.Generator().manual_seed(0), 2000)
+        _, _, height, width = random_boxes((side, side), recipe_scale, dice)
         largest = 48 if "gram" in changes else recipe.crops.global_size
         assert (height * width).min() >= 0.95 * largest**2

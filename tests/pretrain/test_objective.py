@@ -14,7 +14,8 @@ from dino_adapters.pretrain.objective import Balance, learn
 from dino_adapters.pretrain.optim import Knobs, Timetable
 from dino_adapters.pretrain.prototypes import GAIN, ProjectionHead
 from dino_adapters.pretrain.regularizers import sigreg_loss
-from dino_adapters.recipes.sections import GramRecipe, ObjectiveRecipe
+from dino_adapters.recipes.sections import ObjectiveRecipe
+from dino_adapters.recipes.teachers import GramRecipe
 from dino_adapters.runtime.runfolder import RunFolder
 
 SMALL = {"embed_dim": 24, "num_heads": 2, "depth": 1, "rope_rescale": None, "layerscale": 1.0}
@@ -116,7 +117,9 @@ def test_centres_are_kept_with_the_state():
     assert torch.equal(other.losses(crops(), knobs()).total, again)
 
 
-def test_a_run_with_centres_and_norms_of_weights_resumes_to_the_bit(tiny, tmp_path, monkeypatch):
+def test_a_run_with_centres_and_norms_of_weights_resumes_to_the_bit(
+    tiny, tmp_path, monkeypatch, state_of
+):
     recipe = tiny(objective={"centering": "softmax", "weight_norm": "free", "shared_head": True})
     whole = RunFolder(tmp_path / "a")
     pretrain(recipe, whole, quiet=True)
@@ -132,10 +135,7 @@ def test_a_run_with_centres_and_norms_of_weights_resumes_to_the_bit(tiny, tmp_pa
         pretrain(recipe, folder, quiet=True)
     monkeypatch.undo()
     pretrain(recipe, folder, resume=True, quiet=True)
-    ours, theirs = (
-        torch.load(f.checkpoints / "step_00000006" / "state.pt", weights_only=True)["learner"]
-        for f in (folder, whole)
-    )
+    ours, theirs = (state_of(f.checkpoints / "step_00000006") for f in (folder, whole))
     assert set(theirs["centers"]) == {"dino", "ibot"}
     for part in ("student", "teacher", "centers"):
         for name, tensor in theirs[part].items():

@@ -1,10 +1,20 @@
 """Schedules at their edges, and who gets which rate."""
 
+import logging
+import re
+
 import pytest
 import torch
 from torch import nn
 
-from dino_adapters.backbones import ConvNeXt, ConvNeXtConfig, VisionTransformer, ViTConfig
+from dino_adapters.backbones import (
+    ConvNeXt,
+    ConvNeXtConfig,
+    VisionTransformer,
+    ViTConfig,
+    add_lora,
+)
+from dino_adapters.backbones.foreign import create_timm
 from dino_adapters.pretrain.optim import (
     Timetable,
     clip,
@@ -100,14 +110,25 @@ def test_layer_decay_patch_multiplier_and_weight_decay():
         assert (group["weight_decay_multiplier"], group["prototype"]) == (decay, prototype), name
 
 
-def vit(**options):
+def vit(depth=12, **options):
     return VisionTransformer(
-        ViTConfig(embed_dim=8, depth=12, num_heads=1, patch_size=4, registers=2, **options)
+        ViTConfig(embed_dim=8, depth=depth, num_heads=1, patch_size=4, registers=2, **options)
     )
 
 
 def convnext():
     return ConvNeXt(ConvNeXtConfig(depths=(1, 1, 1, 1), dims=(4, 6, 8, 10)))
+
+
+def timm_vit(name="vit_tiny_patch16_224", **more):
+    arguments = {"depth": 3, "embed_dim": 12, "num_heads": 1, "img_size": 32, **more}
+    return create_timm(name, arguments=arguments)
+
+
+def adapted(network, **changes):
+    settings = {"rank": 2, "alpha": 4.0, "targets": ("qkv",), "open_blocks": 1, "norms": True}
+    add_lora(network, **settings | changes, seed=0)
+    return network
 
 
 def heads(kind):
@@ -120,6 +141,13 @@ STUDENTS = {
     "swiglu": lambda: {"backbone": vit(ffn="swiglu", qkv_bias=False, norm="rmsnorm")},
     "convnext": lambda: {"backbone": convnext(), "dino_head": heads("free")},
     "fixed gains": lambda: {"dino_head": heads("fixed")},
+    "lora": lambda: {"backbone": adapted(vit()), "dino_head": heads("free")},
+    "lora alone": lambda: {"backbone": adapted(vit(), norms=False, open_blocks=0)},
+    "timm vit": lambda: {"backbone": timm_vit(), "dino_head": heads("none")},
+    "timm vit with lora": lambda: {"backbone": adapted(timm_vit()), "ibot_head": heads("none")},
+    "timm eva": lambda: {"backbone": timm_vit("eva02_tiny_patch14_224", patch_size=16)},
+    "timm cnn": lambda: {"backbone": create_timm("resnet10t"), "dino_head": heads("none")},
+    "timm cnn with blocks": lambda: {"backbone": create_timm("mobilenetv3_small_050")},
 }
 
 
@@ -127,14 +155,16 @@ STUDENTS = {
 @pytest.mark.parametrize("student", STUDENTS)
 def test_every_trained_parameter_is_in_one_group(student, rule):
     modules = STUDENTS[student]()
-    still = next(iter(modules.values())).get_parameter(
-        "mlp.0.weight" if student == "fixed gains" else "norm.weight"
-    )
-    still.requires_grad_(False)
+    first, *_ = (p for m in modules.values() for p in m.parameters() if p.requires_grad)
+    first.requires_grad_(False)
     groups = parameter_groups(modules, layer_decay=0.9, patch_embed=0.2, decay_rule=rule)
     held = [id(p) for group in groups for p in group["params"]]
     trained = [id(p) for m in modules.values() for p in m.parameters() if p.requires_grad]
     assert sorted(held) == sorted(trained)
+    assert id(first) not in held
+    backbone = modules.get("backbone", nn.Module())
+    marked = {id(p) for group in groups if group["backbone"] for p in group["params"]}
+    assert marked == {id(p) for p in backbone.parameters() if p.requires_grad}
     keys = [tuple(value for name, value in g.items() if name != "params") for g in groups]
     assert len(set(keys)) == len(keys)
 
@@ -165,6 +195,47 @@ CONVNEXT = {
     "stages.3.0.pwconv1.weight": (1.0, 1, 1),
     "norm.weight": (1.0, 0, 0),
 }
+ADAPTERS = {
+    "blocks.0.attn.qkv.lora_a": (0.2824, 1, 1),
+    "blocks.0.attn.qkv.lora_b": (0.2824, 1, 1),
+    "blocks.10.attn.qkv.lora_a": (0.81, 1, 1),
+    "blocks.3.norm1.weight": (0.3874, 0, 0),
+    "blocks.11.attn.qkv.weight": (0.9, 1, 1),
+    "norm.weight": (1.0, 0, 0),
+}
+# Three blocks of timm: as ours.
+TIMM_VIT = {
+    "model.cls_token": (0.6561, 0, 1),
+    "model.reg_token": (0.6561, 0, 1),
+    "model.pos_embed": (0.6561, 0, 1),
+    "model.patch_embed.proj.weight": (0.1312, 1, 1),
+    "model.patch_embed.proj.bias": (0.1312, 0, 0),
+    "model.blocks.0.attn.qkv.weight": (0.729, 1, 1),
+    "model.blocks.1.mlp.fc1.bias": (0.81, 0, 0),
+    "model.blocks.2.norm1.weight": (0.9, 0, 0),
+    "model.norm.weight": (1.0, 0, 0),
+}
+TIMM_EVA = {
+    "model.cls_token": (0.6561, 0, 1),
+    "model.pos_embed": (0.6561, 0, 1),
+    "model.blocks.0.attn.q_bias": (0.729, 0, 0),
+    "model.blocks.2.mlp.fc1.weight": (0.9, 1, 1),
+    "model.fc_norm.weight": (1.0, 0, 0),
+}
+TIMM_LORA = {
+    "model.blocks.0.attn.qkv.lora_a": (0.729, 1, 1),
+    "model.blocks.1.attn.qkv.lora_b": (0.81, 1, 1),
+    "model.blocks.2.attn.qkv.weight": (0.9, 1, 1),
+    "model.norm.bias": (1.0, 0, 0),
+}
+# Stem and four stages, the last of which is the top.
+TIMM_CNN = {
+    "model.conv1.0.weight": (0.6561, 1, 1),
+    "model.bn1.weight": (0.6561, 0, 1),
+    "model.layer1.0.conv1.weight": (0.729, 1, 1),
+    "model.layer3.0.bn2.bias": (0.9, 0, 0),
+    "model.layer4.0.downsample.1.weight": (1.0, 1, 1),
+}
 PROTOTYPES = {
     "mlp.0.weight": (1.0, 1, 1),
     "mlp.4.bias": (1.0, 0, 0),
@@ -178,12 +249,17 @@ PROTOTYPES = {
     ("make", "table"),
     [
         (lambda: vit(untie_cls_norm=True, untie_local_cls_norm=True), TABLE),
+        (lambda: adapted(vit()), ADAPTERS),
         (convnext, CONVNEXT),
         (lambda: heads("free"), PROTOTYPES),
+        (lambda: timm_vit("vit_tiny_patch16_224", reg_tokens=2), TIMM_VIT),
+        (lambda: timm_vit("eva02_tiny_patch14_224", patch_size=16), TIMM_EVA),
+        (lambda: adapted(timm_vit()), TIMM_LORA),
+        (lambda: create_timm("resnet10t"), TIMM_CNN),
     ],
-    ids=["vit", "convnext", "head"],
+    ids=["vit", "lora", "convnext", "head", "timm vit", "timm eva", "timm lora", "timm cnn"],
 )
-def test_rates_of_12_blocks_a_convnext_and_a_head(make, table, rule):
+def test_rates_by_name(make, table, rule):
     found = rates({"it": make()}, layer_decay=0.9, patch_embed=0.2, decay_rule=rule)
     for name, (lr, by_shape, by_name) in table.items():
         group = found[f"it.{name}"]
@@ -191,6 +267,57 @@ def test_rates_of_12_blocks_a_convnext_and_a_head(make, table, rule):
         decay = by_name if rule == "name" else by_shape
         assert group["weight_decay_multiplier"] == decay, name
         assert group["prototype"] == ("last_layer" in name)
+
+
+def test_a_timm_vit_is_paced_as_ours_is():
+    """One rule, so that a network does not train otherwise for its origin."""
+    theirs = rates({"it": timm_vit()}, layer_decay=0.8, patch_embed=0.2)
+    ours = rates({"it": vit(depth=3)}, layer_decay=0.8, patch_embed=0.2)
+    same = {name: f"it.model.{name.removeprefix('it.')}" for name in ours}
+    both = {name for name in ours if same[name] in theirs}
+    assert len(both) > 30
+    for name in both:
+        assert theirs[same[name]]["lr_multiplier"] == ours[name]["lr_multiplier"], name
+
+
+def test_stages_of_a_timm_cnn_follow_each_other():
+    network = create_timm("mobilenetv3_small_050")
+    found = rates({"it": network}, layer_decay=0.5, patch_embed=0.2)
+    depth = len(network.model.blocks)
+    for name, group in found.items():
+        stage = re.match(r"it\.model\.blocks\.(\d+)\.", name)
+        if stage:
+            assert group["lr_multiplier"] == 0.5 ** (depth - int(stage.group(1))), name
+        else:
+            below = name.startswith(("it.model.conv_stem.", "it.model.bn1."))
+            assert group["lr_multiplier"] == (0.5 ** (depth + 1) if below else 1.0), name
+
+
+@pytest.mark.parametrize("layer_decay", [0.9, 1.0])
+def test_a_network_that_tells_no_layers_is_said_once(layer_decay, monkeypatch, caplog):
+    network = create_timm("resnet10t")
+    monkeypatch.delattr(type(network.model), "group_matcher")
+    with caplog.at_level(logging.WARNING, logger="dino_adapters"):
+        found = rates({"backbone": network}, layer_decay=layer_decay, patch_embed=0.2)
+    assert {group["lr_multiplier"] for group in found.values()} == {1.0}
+    said = [r.message for r in caplog.records if "resnet10t does not say where" in r.message]
+    assert len(said) == (layer_decay < 1.0)
+
+
+def test_a_network_that_refuses_stages_is_paced_by_blocks():
+    arguments = {
+        "num_init_features": 8,
+        "growth_rates": (8, 8),
+        "num_blocks_list": (1, 1),
+        "is_downsample_block": (None, True),
+        "transition_compression_ratio": 0.5,
+    }
+    network = create_timm("rdnet_tiny", arguments=arguments)
+    with pytest.raises(AssertionError):
+        network.model.group_matcher(coarse=True)
+    found = rates({"it": network}, layer_decay=0.5, patch_embed=0.2)
+    values = [group["lr_multiplier"] for group in found.values()]
+    assert found["it.model.stem.0.weight"]["lr_multiplier"] == min(values) < 0.5 < max(values) == 1
 
 
 def test_set_rates_freezes_prototypes_alone():

@@ -75,7 +75,7 @@ def test_rows_survive_a_cut_line_and_numbers_that_json_lacks(tmp_path):
         {"step": 0, "loss": None, "terms": [1.0, None]},
         {"step": 1, "loss": 2.0},
     ]
-    folder.drop_rows_from(1)
+    folder.keep_rows(lambda row: row["step"] < 1)
     assert [row["step"] for row in folder.rows()] == [0]
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from dino_adapters.contracts import DataError, Metric
 from dino_adapters.runtime.runfolder import RunFolder
+from dino_adapters.study.page import write_page
 from dino_adapters.study.runs import headline, metric_table, run_report
 
 RECIPE = {
@@ -43,7 +44,23 @@ def test_an_unfinished_run_says_how_to_go_on(tmp_path):
 
 def test_a_run_that_learned_nothing_is_not_praised(tmp_path):
     report = run_report(made(tmp_path, last_dino=6.93))
-    assert report.notes[0].startswith("The DINO term ended at 6.93; a student that knows nothing")
+    assert report.notes[0].startswith("The DINO term stood at 6.92 over the last third")
+
+
+def test_looks_skipped_steps_and_the_verdict_are_on_the_page(tmp_path):
+    folder = made(tmp_path)
+    for step, rankme in ((0, 20.0), (5, 15.0), (10, 1.2)):
+        folder.note({"step": step, "watch/rankme": rankme, "watch/cls_cosine": 0.3})
+    folder.note({"step": 7, "loss": None, "images": 64, "skipped": 1})
+    (folder.path / "gate.json").write_text('{"sentence": "Worse than the start."}')
+    report = run_report(folder)
+    assert report.summary[2] == "Worse than the start."
+    assert "RankMe is 1.2 (20.0 at the start" in report.summary[3]
+    assert report.notes == ("Step 7 was left out, as its loss or gradient was not finite.",)
+    assert [table.title for table in report.tables] == ["The last numbers noted", "Signs of health"]
+    assert report.tables[0].rows[0] == ("step", "9"), "a look is no step"
+    assert report.figures[1].title == "The looks saw RankMe from 20.0 to 1.2."
+    assert write_page(report, tmp_path / "page.html").read_text().count("<svg") == 2
 
 
 def test_the_command_repeats_the_run(tmp_path):

@@ -1,17 +1,21 @@
 """Kind `trajectory`: several steps of the loop, weights and optimiser after them."""
 
 import math
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 
-from dino_adapters.pretrain.assemble import Run, make_optimizer
+from dino_adapters.pretrain.assemble import make_optimizer
+from dino_adapters.pretrain.checkpoint import Progress
 from dino_adapters.pretrain.learner import SelfDistillation
 from dino_adapters.pretrain.loop import one_step
 from dino_adapters.pretrain.optim import Knobs
+from dino_adapters.pretrain.run import Run
 from dino_adapters.recipes.data import DataRecipe
 from dino_adapters.recipes.pretrain import PretrainRecipe
 from dino_adapters.recipes.sections import OptimRecipe
+from dino_adapters.runtime.world import ALONE
 
 from ..case import Case, Settings
 from ..official_run import (
@@ -43,7 +47,9 @@ def read(case: Case) -> None:
     for step in settings["steps"]:
         index = step["iteration"]
         knobs = _knobs(config, tables, index)
-        losses, norms = one_step(run, crops_of(case, f"in/{index}/"), knobs)
+        outcome = one_step(run, crops_of(case, f"in/{index}/"), knobs)
+        losses, norms = outcome.losses, outcome.norms
+        assert outcome.applied
         case.check(f"out/{index}/grad_norms_before_clip", torch.tensor(list(norms.values())))
         named = {
             official: losses.terms[ours] for official, ours in ORDER.items() if ours in losses.terms
@@ -80,7 +86,21 @@ def _run(learner: SelfDistillation, optim: Settings) -> Run:
     )
     nothing: Any = None
     optimizer = make_optimizer(learner, recipe)
-    return Run(recipe, learner, {}, optimizer, nothing, nothing, nothing, nothing, {})
+    return Run(
+        recipe=recipe,
+        learner=learner,
+        infos={},
+        optimizer=optimizer,
+        source=nothing,
+        feed=cast(Any, SimpleNamespace(share=range(recipe.optim.batch_size))),
+        views=nothing,
+        progress=Progress(0, 0.0),
+        notices=nothing,
+        inputs={},
+        world=ALONE,
+        known=nothing,
+        trained=list(learner.student.parameters()),
+    )
 
 
 def _tables(config: Settings, world_size: int, case: Case) -> dict[str, list[float]]:

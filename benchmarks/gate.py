@@ -1,0 +1,205 @@
+"""Continued pretraining against its own start: naive, ours, with adapters, from nothing.
+
+    python benchmarks/gate.py --start SOURCE --data DIR --labels folder --split DIR/splits.json
+        --out runs/gate
+
+Every variant trains on the training part without labels and with the gate on, which may use labels
+of the parts `train` and `val`. The test part, which nothing was chosen on, then says whether the
+gate was right: start, result and what was exported are read at their own best sizes (chosen on
+`train`) and compared image by image, by k-NN and linear probe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from grid import Row, collect, markdown, mean_cell, parser, values
+
+from dino_adapters.backbones import build_network
+from dino_adapters.data import load_source, read_split
+from dino_adapters.pretrain import pretrain
+from dino_adapters.pretrain.gate import judge
+from dino_adapters.pretrain.labelled import LabelledSet, Squares
+from dino_adapters.pretrain.probe import Look, look, sizes_for
+from dino_adapters.recipes.pretrain import PretrainRecipe
+from dino_adapters.recipes.read import read_recipe
+from dino_adapters.runtime.console import Notices
+from dino_adapters.runtime.runfolder import RunFolder
+
+RECIPES = Path(__file__).parents[1] / "pretrain"
+STOCK: dict[str, Any] = {
+    "crops": {
+        "jitter": 0.8,
+        "grayscale": 0.2,
+        "blur": (0.0, 0.9, 0.5),
+        "blur_sigma": (0.1, 2.0),
+        "solarize": 0.2,
+    },
+    "optim": {"lr": 1e-3, "lr_rule": "sqrt_1024", "layer_decay": 1.0},
+    "schedule": {
+        "warmup": 0.0,
+        "freeze_backbone": 0.0,
+        "backbone_ramp": 0.0,
+        "momentum": (0.992, 1.0),
+        "momentum_span": 0.0,
+    },
+    "anchor": None,
+    "gram": None,
+}
+"""The reference's rate, views and momentum at once, on a backbone that was trained elsewhere."""
+VARIANTS = ("naive", "ours", "lora", "scratch")
+NAMES = {"knn": "k-NN", "linear": "linear probe"}
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Runs what is not there yet, and prints the table."""
+    reader = parser(__doc__ or "")
+    reader.formatter_class = argparse.RawDescriptionHelpFormatter
+    reader.add_argument("--start", required=True, help="anything that load_backbone opens")
+    reader.add_argument("--checkpoint", help="weights file for a name of timm")
+    reader.add_argument("--data", required=True, help="folder, pattern or CSV of the images")
+    reader.add_argument("--labels", help="CSV, or `folder`; not needed for a CSV with labels")
+    reader.add_argument("--split", type=Path, required=True, help="with train, val and test")
+    reader.add_argument("--side", type=int, help="largest side of images to read, in pixels")
+    reader.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    reader.add_argument("--set", nargs="+", default=[], help="key=value for every variant")
+    arguments = reader.parse_args(words)
+    tasks = {
+        f"{name}_{seed}": (name, seed)
+        for seed in range(arguments.seeds)
+        for name in arguments.variants
+    }
+    text = table(collect(measured, tasks, arguments))
+    (arguments.out / "table.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def recipe_of(arguments: argparse.Namespace, name: str, seed: int) -> PretrainRecipe:
+    """The recipe of one run."""
+    file = RECIPES / ("continue_lora.py" if name == "lora" else "continue.py")
+    told = [f"data.source={arguments.data}", f"split={arguments.split}", f"seed={seed}"]
+    told += ["data.workers=1", f"device={arguments.device}", f"optim.batch_size={arguments.batch}"]
+    told += [f"model.source={arguments.start}"]
+    if arguments.labels:
+        told.append(f"data.labels={arguments.labels}")
+    if arguments.checkpoint and name != "scratch":
+        told.append(f"model.checkpoint={arguments.checkpoint}")
+    recipe = read_recipe(str(file), PretrainRecipe, [*told, *arguments.set])
+    if name == "naive":
+        return recipe.changed(STOCK)
+    if name == "scratch":
+        return recipe.changed(fresh(arguments) | {"anchor": None, "gram": None})
+    return recipe
+
+
+def fresh(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The start's architecture with random weights, and a schedule for it."""
+    _, info = build_network(arguments.start, checkpoint=arguments.checkpoint)
+    model: dict[str, Any] = {"source": info.name, "checkpoint": None}
+    if info.family != "timm":
+        model["architecture"] = {k: v for k, v in info.architecture.items() if k != "in_channels"}
+    return {
+        "model": model,
+        "schedule": {"freeze_backbone": 0.0, "backbone_ramp": 0.0},
+        "optim": {"layer_decay": 1.0},
+    }
+
+
+def measured(arguments: argparse.Namespace, name: str, seed: int) -> list[Row]:
+    """Trains one network and holds it against the start on the test part."""
+    recipe, began = recipe_of(arguments, name, seed), time.monotonic()
+    folder = RunFolder(arguments.out / "runs" / f"{name}_{seed}")
+    pretrain(recipe, folder, resume=True, quiet=True)
+    seconds = time.monotonic() - began
+    exam, sizes = examination(recipe), sizes_of(arguments, recipe)
+    start = examined(arguments.start, arguments.checkpoint, exam, sizes)
+    result = examined(folder.path / "candidates" / "continued", None, exam, sizes)
+    gate = json.loads((folder.path / "gate.json").read_text(encoding="utf-8"))
+    truth = judge(start, result, exam)
+    row: Row = {"variant": name, "seed": seed, "seconds": round(seconds, 1)}
+    row |= {"start_knn": start.knn, "start_linear": start.linear, "start_size": start.size}
+    row |= {"knn": result.knn, "linear": result.linear, "size": result.size}
+    row |= {"gain": truth.difference, "low": truth.low, "high": truth.high, "truth": truth.kind}
+    row |= {"gate": gate["kind"], "exported": gate["exported"], "sentence": gate["sentence"]}
+    exported = truth.difference if gate["exported"] == "continued" else 0.0
+    return [row | {"exported_gain": exported}]
+
+
+def sizes_of(arguments: argparse.Namespace, recipe: PretrainRecipe) -> tuple[int, ...]:
+    """Sizes that all networks are read at, of which each takes its best."""
+    _, info = build_network(arguments.start, checkpoint=arguments.checkpoint)
+    side = recipe.data.image_size or arguments.side or info.size
+    return sizes_for(info, recipe.crops.global_size, side)
+
+
+def examination(recipe: PretrainRecipe) -> LabelledSet:
+    """The training part to learn from and to choose by, the test part to answer for."""
+    notices = Notices()
+    source = load_source(recipe.data, notices=notices)
+    assert recipe.split is not None
+    split = read_split(Path(recipe.split), keys=source.keys)
+    gallery = tuple(key for key in split.train if key in source.labels)
+    known = {source.labels[key] for key in gallery}
+    queries = tuple(k for k in split.test if k in source.labels and source.labels[k] in known)
+    groups = {**source.groups, **split.groups}
+    return LabelledSet(
+        source,
+        gallery,
+        queries,
+        {key: source.labels[key] for key in (*gallery, *queries)},
+        {key: groups.get(key, key) for key in (*gallery, *queries)},
+        seen=False,
+        squares=Squares(source, notices),
+        workers=1,
+        max_unreadable=0.1,
+        notices=notices,
+    )
+
+
+def examined(
+    source: Path | str, checkpoint: str | None, exam: LabelledSet, sizes: Sequence[int]
+) -> Look:
+    """What the test part says of a network."""
+    network, info = build_network(source, checkpoint=checkpoint)
+    return look(network.eval(), info, exam, sizes)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A line a variant: means over seeds, differences on the test part, and the gate's word."""
+    header = ["variant"]
+    for title in NAMES.values():
+        header += [f"{title}, %", "less start"]
+    header += ["both less start, each seed (95 % interval over test images)", "gate said", "export"]
+    lines = []
+    first = [row for row in rows if row["seed"] == min(r["seed"] for r in rows)][:1]
+    for row in first:
+        line = ["start, frozen"]
+        for metric in NAMES:
+            line += [f"{100 * row[f'start_{metric}']:.1f}", ""]
+        lines.append([*line, "", "", ""])
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        own = [row for row in rows if row["variant"] == name]
+        line = [name]
+        for metric in NAMES:
+            line.append(mean_cell(values(own, metric)))
+            gains = {row["seed"]: row[metric] - row[f"start_{metric}"] for row in own}
+            line.append(mean_cell(gains))
+        line.append("; ".join(span(row) for row in own))
+        line.append("; ".join(f"{row['gate']}" for row in own))
+        line.append("; ".join(f"{row['exported']}" for row in own))
+        lines.append(line)
+    return markdown(header, lines)
+
+
+def span(row: Row) -> str:
+    """A difference with its interval, in hundredths."""
+    return f"{100 * row['gain']:+.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Small batches and many prototypes: does anything learn? K as resolved against a fixed large one.
+
+    python benchmarks/small_batch.py --data DIR --labels folder --split DIR/splits.json --out runs/s
+
+One micro ViT from nothing, the same images and steps; batches of 8, 32 and 64 images, each with the
+prototypes that `objective.prototypes=auto` settles for it and with 65,536.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from grid import FEW_IMAGES, Row, collect, markdown, mean_cell, parser, values
+from methods import read
+
+from dino_adapters.data import load_source, read_split
+from dino_adapters.pretrain import pretrain
+from dino_adapters.recipes.data import DataRecipe
+from dino_adapters.recipes.pretrain import PretrainRecipe
+from dino_adapters.runtime.runfolder import RunFolder
+from dino_adapters.study.plans import SCRATCH, scratch_plan
+
+UNTRAINED = "untrained"
+LARGE = 65_536
+ALIVE = 0.1
+"""Nats below log K from which on the class-token term has left its dead value."""
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Runs what is not there yet, and prints the table."""
+    reader = parser(__doc__ or "")
+    reader.formatter_class = argparse.RawDescriptionHelpFormatter
+    reader.add_argument("--data", required=True, help="folder, pattern or CSV of the images")
+    reader.add_argument("--labels", help="CSV, or `folder`; not needed for a CSV with labels")
+    reader.add_argument("--split", type=Path, required=True, help="JSON or CSV with train and test")
+    reader.add_argument("--steps", type=int, default=300)
+    reader.add_argument("--sizes", type=int, nargs="+", default=[64, 96], help="to read at")
+    reader.add_argument("--batches", type=int, nargs="+", default=[8, 32, 64])
+    reader.add_argument("--large", type=int, default=LARGE, help="the fixed K")
+    arguments = reader.parse_args(words)
+    runs = [(batch, k) for batch in arguments.batches for k in ("auto", arguments.large)]
+    tasks = {
+        f"{batch}_{k}_{seed}": (batch, k, seed)
+        for seed in range(arguments.seeds)
+        for batch, k in runs
+    } | {f"{UNTRAINED}_{seed}": (0, UNTRAINED, seed) for seed in range(arguments.seeds)}
+    text = table(collect(measured, tasks, arguments), runs)
+    (arguments.out / "table.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def recipe_of(
+    arguments: argparse.Namespace, batch: int, prototypes: int | str, seed: int
+) -> PretrainRecipe:
+    """The recipe of one run: crops of 48 and 24 px of images of 128 px, the training part."""
+    data = DataRecipe(source=arguments.data, labels=arguments.labels, image_size=128, workers=1)
+    plan = scratch_plan(data, arguments.split, side=128, steps=arguments.steps, seed=seed)
+    return plan.changed(FEW_IMAGES).changed(
+        {
+            "optim": {"batch_size": batch},
+            "objective": {"prototypes": prototypes},
+            "checkpoint": {"snapshots": 0},
+            "monitor": {"every": 0.5, "images": 256},
+            "device": arguments.device,
+        }
+    )
+
+
+def measured(
+    arguments: argparse.Namespace, batch: int, prototypes: int | str, seed: int
+) -> list[Row]:
+    """Trains one network, or takes an untrained one, and measures it."""
+    row: Row = {"batch": batch, "prototypes": prototypes, "seed": seed}
+    trained = prototypes != UNTRAINED
+    recipe = recipe_of(arguments, batch or 8, prototypes if trained else "auto", seed)
+    source = load_source(recipe.data)
+    split = read_split(arguments.split, keys=source.keys)
+    export: Path | str = SCRATCH
+    if trained:
+        folder = RunFolder(arguments.out / "runs" / f"{batch}_{prototypes}_{seed}")
+        export = pretrain(recipe, folder, resume=True, quiet=True)
+        look, last = folder.rows_with("watch/rankme")[-1], folder.rows_with("loss")[-25:]
+        loss = sum(step["dino_global"] for step in last) / len(last)
+        settled = PretrainRecipe.model_validate_json(folder.recipe_file.read_text())
+        k = settled.objective.prototypes
+        row |= {"k": k, "loss": loss, "below": math.log(k) - loss}
+        row |= {name: look[f"watch/{name}"] for name in ("rankme", "prototypes_used")}
+        row |= {"effective": math.exp(look["watch/marginal_entropy"])}
+    return [row | read(arguments, export, source, split, seed)]
+
+
+def table(rows: Sequence[Row], runs: Sequence[tuple[int, int | str]]) -> str:
+    """A line a run: k-NN, what of the prototypes is in use, and whether the loss is alive."""
+    header = ["batch", "K", "k-NN, %", "first choice of an image", "in use, exp(entropy)"]
+    header += ["DINO term below log K", "alive"]
+    lines = []
+    for batch, prototypes in runs:
+        own = [r for r in rows if r["batch"] == batch and r["prototypes"] == prototypes]
+        where = {"batch": batch, "prototypes": prototypes}
+        below = [row["below"] for row in own]
+        used, effective = (
+            sum(row[name] for row in own) / len(own) for name in ("prototypes_used", "effective")
+        )
+        lines.append(
+            [
+                str(batch),
+                f"{own[0]['k']:,}{' (auto)' if prototypes == 'auto' else ''}",
+                mean_cell(values(rows, "knn", **where)),
+                f"{used:.0f}",
+                f"{effective:,.0f}",
+                f"{sum(below) / len(below):.2f}",
+                "yes" if min(below) > ALIVE else "no",
+            ]
+        )
+    floor = mean_cell(values(rows, "knn", prototypes=UNTRAINED))
+    return markdown(header, [*lines, [UNTRAINED, "", floor, "", "", "", ""]])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Classes of vectors from labelled ones, by k-NN and linear probe; and what may be chosen by.
+
+Pure functions of arrays. Nothing here sees which answers would be right but for the labelled
+vectors themselves.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dino_adapters.features.neighbours import CHUNK_CELLS, STEPS, nearest
+from dino_adapters.features.pool import unit_rows
+from dino_adapters.measure.metrics import balanced_accuracy
+from dino_adapters.runtime.chance import numpy_generator
+from dino_adapters.runtime.console import Notices
+
+NEIGHBOURS, TEMPERATURE = 10, 0.07
+STRENGTHS = (0.01, 0.1, 1.0)
+FOLDS = 3
+MOST_ITERATIONS = 1000
+
+
+def knn(bank: np.ndarray, labels: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Classes `(q,)` by cosine k-NN, k = 10, temperature 0.07.
+
+    Each neighbour votes with exp(similarity / temperature). Source: Wu et al. (arXiv 1805.01978,
+    section 3.4), as DINO uses it (arXiv 2104.14294).
+
+    Args:
+        bank: Vectors `(n, D)`, finite.
+        labels: Their classes `(n,)`.
+        x: Queries `(q, D)`, finite.
+    """
+    names, codes = np.unique(labels, return_inverse=True)
+    queries, k = torch.from_numpy(x), min(NEIGHBOURS, len(bank))
+    indices, values = nearest(queries, torch.from_numpy(bank), k)
+    return names[_vote(values.double(), indices, codes)]
+
+
+def selection_score(x: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> float:
+    """Balanced accuracy of k-NN among labelled vectors, the own group of each left out.
+
+    Classes of a single group have nothing to be found by and are not asked for.
+
+    Args:
+        x: Vectors `(n, D)`, finite.
+        labels: Classes `(n,)`.
+        groups: Groups `(n,)`.
+
+    Raises:
+        DataError: no class has two groups.
+    """
+    names, codes = np.unique(labels, return_inverse=True)
+    _, group = np.unique(groups, return_inverse=True)
+    unit = torch.from_numpy(unit_rows(x.astype(np.float64)))
+    found = []
+    rows = max(CHUNK_CELLS // len(x), 1)
+    for start in range(0, len(x), rows):
+        part = slice(start, start + rows)
+        # Rounded as in `nearest`: equal vectors tie, and ties go to the lower index.
+        similar = (unit[part] @ unit.T * STEPS).round() / STEPS
+        similar[torch.from_numpy(group[part, None] == group)] = -torch.inf
+        values, indices = similar.sort(dim=1, descending=True, stable=True)
+        found.append(_vote(values[:, :NEIGHBOURS], indices[:, :NEIGHBOURS], codes))
+    pairs = np.unique(np.stack([codes, group]), axis=1)
+    asked = np.bincount(pairs[0], minlength=len(names))[codes] > 1
+    return balanced_accuracy(names[codes[asked]], names[np.concatenate(found)[asked]])
+
+
+def linear_probe(
+    bank: np.ndarray, labels: np.ndarray, groups: np.ndarray, x: np.ndarray, notices: Notices
+) -> tuple[np.ndarray, float]:
+    """Classes `(q,)` by logistic regression, all classes weighing alike, and its strength C.
+
+    Columns are standardised with mean and spread of the labelled vectors. C is 0.01, 0.1 or 1:
+    whichever does best among the labelled vectors with a third of the groups left out in turn
+    (equal scores: the smaller).
+
+    Args:
+        bank: Vectors `(n, D)`, finite.
+        labels: Their classes `(n,)`.
+        groups: Their groups `(n,)`.
+        x: Queries `(q, D)`, finite.
+        notices: Counts fits that did not converge.
+    """
+    wide = bank.astype(np.float64)
+    mean, spread = wide.mean(axis=0), wide.std(axis=0)
+    # A constant column would explode with the first query that differs: it is left out.
+    scale = np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > 1e-8)
+    # Neither a rotation nor axes along which no labelled vector lies change a fit with an L2
+    # penalty; without them far fewer numbers are fitted.
+    _, _, axes = np.linalg.svd((wide - mean) * scale, full_matrices=False)
+    z, asked = (((part - mean) * scale) @ axes.T for part in (wide, x.astype(np.float64)))
+    strength = _best_strength(z, labels, groups, notices)
+    return _fit(z, labels, asked, strength, notices), strength
+
+
+def mean_recall(right: np.ndarray, labels: np.ndarray) -> float:
+    """Balanced accuracy of answers known to be right or wrong: bool `(n,)`, classes `(n,)`."""
+    return float(np.mean([right[labels == name].mean() for name in np.unique(labels)]))
+
+
+def _best_strength(
+    z: np.ndarray, labels: np.ndarray, groups: np.ndarray, notices: Notices
+) -> float:
+    folds = _folds(labels, groups)
+    scores = {}
+    for strength in STRENGTHS:
+        found = labels.copy()
+        for fold in np.unique(folds):
+            out = folds == fold
+            found[out] = _fit(z[~out], labels[~out], z[out], strength, notices)
+        scores[strength] = balanced_accuracy(labels, found)
+    return max(scores, key=lambda one: (scores[one], -one))
+
+
+def _folds(labels: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Number of its fold for each image: whole groups, those of a class dealt to all folds."""
+    _, first, group = np.unique(groups, return_index=True, return_inverse=True)
+    drawn = numpy_generator(0, "folds").permutation(len(first))
+    place = np.empty(len(first), dtype=np.int64)
+    place[np.lexsort((drawn, labels[first]))] = np.arange(len(first))
+    return (place % FOLDS)[group]
+
+
+def _fit(
+    z: np.ndarray, labels: np.ndarray, asked: np.ndarray, strength: float, notices: Notices
+) -> np.ndarray:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    names = np.unique(labels)
+    if len(names) == 1 or not len(asked):  # a fold may have taken all other classes
+        return np.repeat(names[:1], len(asked))
+    model = LogisticRegression(C=strength, class_weight="balanced", max_iter=MOST_ITERATIONS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # counted below
+        model.fit(z, labels)
+    if int(np.max(model.n_iter_)) >= MOST_ITERATIONS:
+        notices.add("linear probes that did not converge, taken as they were")
+    return np.asarray(model.predict(asked))
+
+
+def _vote(similarities: Tensor, indices: Tensor, codes: np.ndarray) -> np.ndarray:
+    """Class numbers `(q,)` from similarities and places `(q, k)`, the most similar one first."""
+    # Relative to the best: exp(1 / 0.001) would overflow, and the winner is the same.
+    powers = ((similarities - similarities[:, :1]) / TEMPERATURE).exp()
+    votes = torch.zeros((len(powers), int(codes.max()) + 1), dtype=powers.dtype)
+    votes.scatter_add_(1, torch.from_numpy(codes)[indices], powers)
+    return votes.argmax(dim=1).numpy()

@@ -1,0 +1,287 @@
+"""Verdicts on planted networks: right where they differ, silent where they do not."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dino_adapters.contracts import DataError
+from dino_adapters.data import ImageSource
+from dino_adapters.measure.intervals import paired_bootstrap
+from dino_adapters.pretrain import gate
+from dino_adapters.pretrain.answers import knn, linear_probe, mean_recall, selection_score
+from dino_adapters.pretrain.gate import (
+    Verdict,
+    best_of,
+    delivered,
+    delivery_sentence,
+    early_stop,
+    judge,
+    unlabelled,
+)
+from dino_adapters.pretrain.labelled import TOO_FEW, LabelledSet, Squares, labelled_set
+from dino_adapters.pretrain.probe import Look
+from dino_adapters.recipes.pretrain import PretrainRecipe
+from dino_adapters.recipes.running import GateRecipe
+from dino_adapters.runtime.console import Notices
+
+COUNTS = {"cat": 240, "dog": 120, "owl": 60}
+
+
+def make(labels, groups, seen=False):
+    """A labelled set of queries alone, from arrays."""
+    keys = tuple(f"{index:04d}" for index in range(len(labels)))
+    return LabelledSet(
+        source=None,  # pyright: ignore[reportArgumentType]
+        gallery=(),
+        queries=keys,
+        labels=dict(zip(keys, map(str, labels), strict=True)),
+        groups=dict(zip(keys, map(str, groups), strict=True)),
+        seen=seen,
+        squares=Squares(None, Notices()),  # pyright: ignore[reportArgumentType]
+        workers=0,
+        max_unreadable=0.1,
+        notices=Notices(),
+    )
+
+
+def look_of(answers, labelled, selection=0.5, answered=None):
+    """A look with these answers `(2, queries)`."""
+    answers = np.asarray(answers, dtype=bool)
+    labels = labelled.labels_of(labelled.queries)
+    first, second = (mean_recall(row, labels) for row in answers)
+    there = np.ones(answers.shape[1], bool) if answered is None else answered
+    digest = labelled.digest
+    return Look(16, selection, {16: selection}, 0.1, answers, there, first, second, digest)
+
+
+def planted(labelled, apart, seed):
+    """The look at a network whose classes are so far apart, and whose groups lie together."""
+    rng = np.random.default_rng(seed)
+    names = sorted(set(labelled.labels.values()))
+    shift = {group: 0.5 * rng.normal(size=10) for group in sorted(set(labelled.groups.values()))}
+
+    def vectors(keys):
+        codes = [names.index(labelled.labels[key]) for key in keys]
+        own = np.stack([shift[labelled.groups[key]] for key in keys])
+        x = rng.normal(size=(len(keys), 10)) + own + apart * np.eye(len(names), 10)[codes]
+        return x.astype(np.float32)
+
+    bank, x = vectors(labelled.gallery), vectors(labelled.queries)
+    labels, groups = labelled.labels_of(labelled.gallery), labelled.groups_of(labelled.gallery)
+    truth = labelled.labels_of(labelled.queries)
+    said, _ = linear_probe(bank, labels, groups, x, Notices())
+    answers = np.stack([knn(bank, labels, x) == truth, said == truth])
+    return look_of(answers, labelled, selection_score(bank, labels, groups))
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Three classes, one four times as frequent as another, in groups of three."""
+    recipe = PretrainRecipe.model_validate({"data": {"source": "/data"}})
+    labels = {f"{name}/{i:03d}.png": name for name, count in COUNTS.items() for i in range(count)}
+    groups = {key: f"{label}-{int(key[4:7]) // 3}" for key, label in labels.items()}
+    source = ImageSource(Path("/data"), list(labels), {}, labels=labels, groups=groups)
+    found = labelled_set(recipe, source, Notices())
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("start", "now", "kind"), [(1.4, 2.4, "better"), (2.4, 1.4, "worse"), (1.8, 1.8, "same")]
+)
+def test_planted_networks_get_their_verdict(images, start, now, kind):
+    """Over 20 pairs of networks, all noise drawn anew."""
+    found = Counter(
+        judge(planted(images, start, 2 * seed), planted(images, now, 2 * seed + 1), images).kind
+        for seed in range(20)
+    )
+    assert found[kind] >= 18
+    opposite = {"better": "worse", "worse": "better"}
+    assert found[opposite.get(kind, "unknown")] == 0
+
+
+@pytest.mark.parametrize(
+    ("groups", "size", "classes", "pure"),
+    [(12, 5, 3, False), (21, 10, 21, True), (60, 4, 5, False)],
+)
+def test_equal_networks_are_seldom_called_better(groups, size, classes, pure):
+    """Two draws of one law, with a common difficulty and each with its own luck in every group.
+
+    A class that is one group is the hard case: averaging over the classes of a resample, as
+    plain balanced accuracy does, calls 7 % of such pairs better.
+    """
+    number = np.repeat(np.arange(groups), size)
+    found = Counter()
+    for seed in range(200):
+        rng = np.random.default_rng([seed, groups])
+        labels = number % classes if pure else rng.integers(0, classes, len(number))
+        images = make(labels, number)
+        item = 1 + 1.5 * rng.normal(size=len(number)) + rng.normal(size=groups)[number]
+        pair = []
+        for _ in range(2):
+            right = 1 / (1 + np.exp(-item - rng.normal(size=groups)[number]))
+            pair.append(look_of(rng.random((2, len(number))) < right, images))
+        found[judge(pair[0], pair[1], images, seed=seed).kind] += 1
+    assert found["better"] <= 10
+    assert found["worse"] <= 10
+    assert found["same"] >= 185
+
+
+def test_the_same_answers_are_no_difference(images):
+    start = planted(images, 1.8, 0)
+    verdict = judge(start, start, images)
+    assert (verdict.kind, verdict.difference, verdict.low, verdict.high) == ("same", 0, 0, 0)
+
+
+def test_the_difference_is_of_balanced_accuracy(images):
+    start, now = planted(images, 1.2, 0), planted(images, 2.4, 1)
+    verdict = judge(start, now, images)
+    assert verdict.knn == (start.knn, now.knn)
+    assert verdict.linear == (start.linear, now.linear)
+    expected = (now.knn - start.knn + now.linear - start.linear) / 2
+    assert verdict.difference == pytest.approx(expected)
+    labels, groups = images.labels_of(images.queries), images.groups_of(images.queries)
+    value, low, high = paired_bootstrap(
+        now.answers, start.answers, groups, labels=labels, over_draws=False
+    )
+    assert verdict.difference == pytest.approx(value)
+    assert verdict.difference is not None
+    # Many groups of each class: both ways of weighing agree.
+    assert verdict.low == pytest.approx(low, abs=0.02)
+    assert verdict.high == pytest.approx(high, abs=0.02)
+    assert verdict.queries == len(images.queries)
+    assert verdict.groups == len(set(groups))
+    assert judge(start, now, images) == verdict
+    turned = judge(now, start, images)
+    assert turned.difference == pytest.approx(-verdict.difference)
+    assert turned.kind == "worse"
+
+
+def test_rare_classes_weigh_as_much_as_others():
+    """Better on five images of the rare class, worse on five of forty-five of the other."""
+    labels = np.array(["a"] * 45 + ["b"] * 5)
+    images = make(labels, np.arange(50))
+    start, now = np.ones((2, 50), bool), np.ones((2, 50), bool)
+    start[:, 45:] = False
+    now[:, :5] = False
+    verdict = judge(look_of(start, images), look_of(now, images), images)
+    assert verdict.difference == pytest.approx((1.0 - 5 / 45) / 2)
+    assert verdict.kind == "better"
+
+
+def test_images_that_one_look_could_not_read_count_for_neither():
+    images = make(np.tile(["a", "b"], 20), np.arange(40))
+    there = np.arange(40) >= 10
+    start = look_of(np.ones((2, 40)), images)
+    now = look_of(np.tile(there, (2, 1)), images, answered=there)
+    verdict = judge(start, now, images)
+    assert (verdict.difference, verdict.queries, verdict.kind) == (0.0, 30, "same")
+
+
+def test_few_groups_leave_it_open():
+    images = make(np.tile(["a", "b"], 30), np.arange(60) // 7)
+    start, now = look_of(np.zeros((2, 60)), images), look_of(np.ones((2, 60)), images)
+    verdict = judge(start, now, images)
+    assert (verdict.kind, verdict.low, verdict.high, verdict.groups) == ("unknown", None, None, 9)
+    assert verdict.difference == 1.0
+    assert "+100.0 points, and over 9 groups of images an interval would be" in verdict.sentence
+    assert verdict.sentence.endswith("10 are needed: label images of more groups.")
+    ten = make(np.tile(["a", "b"], 30), np.arange(60) // 6)
+    verdict = judge(look_of(np.zeros((2, 60)), ten), look_of(np.ones((2, 60)), ten), ten)
+    assert verdict.kind == "better"
+
+
+def test_few_groups_get_a_wider_interval():
+    """As Hesterberg's table 1 of the level that percentiles need: 0.9966 of 5, 0.975 of 20."""
+    tails = {n: (1 - gate._expanded(n)) / 2 for n in (10, 20, 40, 1000)}
+    assert list(tails.values()) == sorted(tails.values())
+    assert tails[1000] == pytest.approx(0.025, abs=0.0003)
+    assert tails[10] < 0.009
+
+
+def test_sentences():
+    images = make(np.tile(["a", "b"], 30), np.arange(60) // 2)
+    rng = np.random.default_rng(0)
+    start, now = look_of(rng.random((2, 60)) < 0.3, images), look_of(np.ones((2, 60)), images)
+    verdict = judge(start, now, images)
+    numbers = (verdict.difference, verdict.low, verdict.high)
+    points, low, high = (f"{100 * number:+.1f}" for number in numbers if number is not None)
+    assert verdict.sentence == (
+        f"Better than the start: {points} points (95 % interval {low} to {high}; "
+        "k-NN and linear probe averaged, 60 images in 30 groups that nothing was chosen on)."
+    )
+    assert judge(now, start, images).sentence.startswith("Worse than the start: -")
+    assert judge(now, now, images).sentence.startswith("No difference to the start is shown: +0.0")
+    alone = make(np.tile(["a", "b"], 30), np.arange(60), seen=True)
+    said = judge(look_of(start.answers, alone), look_of(now.answers, alone), alone).sentence
+    assert said.endswith("60 images whose labels nothing was chosen by).")
+
+
+def test_looks_at_other_images_are_refused():
+    images, others = make(list("ab" * 30), range(60)), make(list("ba" * 30), range(60))
+    with pytest.raises(DataError, match="different labelled images"):
+        judge(look_of(np.ones((2, 60)), images), look_of(np.ones((2, 60)), others), images)
+
+
+def test_verdicts_are_json_safe(images):
+    verdict = judge(planted(images, 1.5, 0), planted(images, 1.5, 1), images)
+    for one in (verdict, unlabelled()):
+        held = json.loads(json.dumps(one.as_json(), allow_nan=False))
+        told = {**held}
+        for name in ("knn", "linear"):
+            told[name] = None if held[name] is None else tuple(held[name])
+        assert Verdict(**told) == one
+
+
+def test_without_labels_the_reason_is_said():
+    assert unlabelled().sentence.startswith("Nothing is labelled, so nothing shows whether")
+    assert "monitor.labels" in unlabelled().sentence
+    notices = Notices()
+    notices.add(f"{TOO_FEW}: 4 of 1 classes are left")
+    assert unlabelled(notices).sentence.startswith(f"There are {TOO_FEW}: 4 of 1 classes are left,")
+    assert unlabelled(Notices()).kind == "unknown"
+
+
+@pytest.mark.parametrize("unshown", ["start", "continued"])
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("better", "continued"), ("worse", "start"), ("same", None), ("unknown", None)],
+)
+def test_what_is_delivered(kind, expected, unshown):
+    told = GateRecipe(unshown=unshown)
+    verdict = replace(unlabelled(), kind=kind)
+    chosen = delivered(verdict, told)
+    assert chosen == (expected or unshown)
+    said = delivery_sentence(verdict, told)
+    other = "start" if chosen == "continued" else "continued"
+    assert f"is in candidates/{other}." in said
+    assert (f"gate.unshown={unshown}" in said) == (expected is None)
+
+
+def test_the_best_look_is_the_earliest_of_the_best_on_the_gallery():
+    images = make(list("ab" * 20), range(40))
+    scores = [0.4, 0.7, 0.6, 0.7]
+    rows = [look_of(np.full((2, 40), at == 2), images, score) for at, score in enumerate(scores)]
+    assert best_of(rows) == 1  # and not 2, which answers every query
+    with pytest.raises(DataError, match="no look"):
+        best_of([])
+
+
+@pytest.mark.parametrize(
+    ("scores", "patience", "stops"),
+    [
+        ([0.5, 0.4, 0.3], 0, False),
+        ([0.5, 0.4, 0.3], 2, True),
+        ([0.5, 0.4, 0.6], 2, False),
+        ([0.5, 0.5, 0.5], 2, True),  # as good is no new best
+        ([0.5, 0.4], 2, False),
+        ([0.5, 0.6, 0.5, 0.5], 2, True),
+        ([], 1, False),
+    ],
+)
+def test_early_stop(scores, patience, stops):
+    assert early_stop(scores, patience) is stops
