@@ -24,7 +24,9 @@ objective = dict(
     prototype_norm=1.0,
     teacher_temperature=(0.04, 0.04),
 )
-optim = dict(batch_size="auto", lr=1e-3, layer_decay=1.0, weight_decay=(0.04, 0.1))
+optim = dict(
+    batch_size="auto", lr=1e-3, lr_rule="sqrt_1024", layer_decay=1.0, weight_decay=(0.04, 0.1)
+)
 schedule = dict(momentum_span=0.1)
 monitor = dict(on_collapse="stop")
 steps = "auto"

@@ -11,12 +11,11 @@ import dataclasses
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dino_adapters.backbones.bands import UNTRAINED
@@ -29,9 +28,19 @@ from dino_adapters.backbones.vit import VisionTransformer
 from dino_adapters.backbones.weights import DINOV3_LICENCE_ID
 from dino_adapters.contracts import BackboneInfo, RunFolderError, WeightsError
 from dino_adapters.runtime.console import Notices
-from dino_adapters.runtime.files import replace_folder, write_json, write_text
+from dino_adapters.runtime.files import (
+    needs_room,
+    replace_folder,
+    write_json,
+    write_tensors,
+    write_text,
+)
 
 LICENCE_FILE = "LICENCE-NOTE.txt"
+FULL_ADVICE = (
+    "Make room, and repeat the command; training goes on with --resume. Earlier exports and saved "
+    "states are whole."
+)
 
 
 def export_backbone(
@@ -59,6 +68,7 @@ def export_backbone(
 
     Raises:
         RunFolderError: the folder exists, or holds something that is no export.
+        DiskFullError: there is no room; nothing of it is left, and an earlier export is whole.
         WeightsError: a network of an unknown kind, or one that its name does not rebuild.
     """
     notices = Notices()
@@ -89,16 +99,24 @@ def export_backbone(
         notices.add(UNTRAINED, f"exported as {folder.name}: {', '.join(info.untrained_bands)}")
     if info.licence == DINOV3_LICENCE_ID:
         notices.add(DINOV3_LICENCE_NOTE, f"exported as {folder.name}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        _write(temporary, state, info, layouts)
-        for name, tensors in (beside or {}).items():
-            _save(temporary / name, tensors)
-        replace_folder(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    beside = beside or {}
+    files = [state, *(layout.tensors for layout in layouts.values()), *beside.values()]
+    with needs_room(f"The export {folder}", folder, _bytes(files), FULL_ADVICE):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            _write(temporary, state, info, layouts)
+            for name, tensors in beside.items():
+                _save(temporary / name, tensors)
+            replace_folder(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _bytes(files: Iterable[Mapping[str, Tensor]]) -> int:
+    """Bytes that the tensors take on the disk."""
+    return sum(tensor.nbytes for tensors in files for tensor in tensors.values())
 
 
 def _refuse_existing(folder: Path, overwrite: bool) -> None:
@@ -164,6 +182,4 @@ def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.parent.mkdir(exist_ok=True)
     # Copies: safetensors refuses tensors that share memory, and parts of a larger one.
     ready = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-    save_file(ready, path, metadata={"format": "pt"})  # transformers asks for this word
-    with path.open("rb+") as written:
-        os.fsync(written.fileno())
+    write_tensors(path, ready, {"format": "pt"})  # transformers asks for this word

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -77,6 +77,18 @@ class Metadata:
             return self.columns[name]
         hint = nearest(name, self.columns)
         raise UnknownNameError(f"There is no metadata column '{name}'. {hint}")
+
+    def without(self, keys: Collection[str]) -> Metadata:
+        """The same, nothing being known of these images."""
+        gone = np.array([key in set(keys) for key in self.keys], dtype=bool)
+        columns: dict[str, Classes | Numbers] = {}
+        for name, column in self.columns.items():
+            if isinstance(column, Classes):
+                columns[name] = replace(column, codes=np.where(gone, -1, column.codes))
+            else:
+                values = np.where(gone, np.float32(np.nan), column.values)
+                columns[name] = replace(column, values=values)
+        return Metadata(self.keys, columns)
 
     def classes(self) -> dict[str, int]:
         """How many classes each column of classes has."""

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dino_adapters.backbones.lora import merged
 from dino_adapters.contracts import Features
 from dino_adapters.pretrain.augment import Crops
 from dino_adapters.pretrain.gram import gram_loss, resize_tokens
@@ -37,7 +38,7 @@ class GramAnchor:
             self.network = network
         elif recipe.teacher != "live":
             source = average if network is None else network
-            self.network = copy.deepcopy(source).requires_grad_(False).eval()
+            self.network = copy.deepcopy(merged(source)).requires_grad_(False).eval()
         self.copy_at = 0 if recipe.copy_at is None and recipe.teacher == "ema" else recipe.copy_at
 
     def before(self, step: int) -> None:
@@ -88,7 +89,7 @@ class GramAnchor:
 
     def _copy(self) -> None:
         if self.network is not None:
-            self.network.load_state_dict(self.average.state_dict())
+            self.network.load_state_dict(merged(self.average).state_dict())
 
 
 def class_gap(student: Tensor, start: Tensor) -> Tensor:

@@ -87,16 +87,25 @@ def linear_probe(
         x: Queries `(q, D)`, finite.
         notices: Counts fits that did not converge.
     """
-    wide = bank.astype(np.float64)
-    mean, spread = wide.mean(axis=0), wide.std(axis=0)
-    # A constant column would explode with the first query that differs: it is left out.
-    scale = np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > 1e-8)
-    # Neither a rotation nor axes along which no labelled vector lies change a fit with an L2
-    # penalty; without them far fewer numbers are fitted.
-    _, _, axes = np.linalg.svd((wide - mean) * scale, full_matrices=False)
-    z, asked = (((part - mean) * scale) @ axes.T for part in (wide, x.astype(np.float64)))
-    strength = _best_strength(z, labels, groups, notices)
+    z, asked = _standardised(bank, x)
+    scores = _cross_validated(z, labels, groups, notices)
+    strength = max(scores, key=lambda one: (scores[one], -one))
     return _fit(z, labels, asked, strength, notices), strength
+
+
+def linear_selection(
+    bank: np.ndarray, labels: np.ndarray, groups: np.ndarray, notices: Notices
+) -> float:
+    """Balanced accuracy of the linear probe among labelled vectors, a third of the groups left out.
+
+    Args:
+        bank: Vectors `(n, D)`, finite.
+        labels: Their classes `(n,)`.
+        groups: Their groups `(n,)`.
+        notices: Counts fits that did not converge.
+    """
+    z, _ = _standardised(bank, bank[:0])
+    return max(_cross_validated(z, labels, groups, notices).values())
 
 
 def mean_recall(right: np.ndarray, labels: np.ndarray) -> float:
@@ -104,9 +113,22 @@ def mean_recall(right: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean([right[labels == name].mean() for name in np.unique(labels)]))
 
 
-def _best_strength(
+def _standardised(bank: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both with the mean and spread of the first, along the axes on which its vectors lie."""
+    wide = bank.astype(np.float64)
+    mean, spread = wide.mean(axis=0), wide.std(axis=0)
+    # A constant column would explode with the first query that differs: it is left out.
+    scale = np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > 1e-8)
+    # Neither a rotation nor axes along which no labelled vector lies change a fit with an L2
+    # penalty; without them far fewer numbers are fitted.
+    _, _, axes = np.linalg.svd((wide - mean) * scale, full_matrices=False)
+    return ((wide - mean) * scale) @ axes.T, ((x.astype(np.float64) - mean) * scale) @ axes.T
+
+
+def _cross_validated(
     z: np.ndarray, labels: np.ndarray, groups: np.ndarray, notices: Notices
-) -> float:
+) -> dict[float, float]:
+    """Balanced accuracy of each strength, every image judged by the fold it was held out of."""
     folds = _folds(labels, groups)
     scores = {}
     for strength in STRENGTHS:
@@ -115,7 +137,7 @@ def _best_strength(
             out = folds == fold
             found[out] = _fit(z[~out], labels[~out], z[out], strength, notices)
         scores[strength] = balanced_accuracy(labels, found)
-    return max(scores, key=lambda one: (scores[one], -one))
+    return scores
 
 
 def _folds(labels: np.ndarray, groups: np.ndarray) -> np.ndarray:

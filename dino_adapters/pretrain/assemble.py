@@ -6,31 +6,35 @@ import importlib
 import logging
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from dino_adapters.backbones.lora import share_frozen
-from dino_adapters.contracts import BackboneInfo, CheckpointError, RecipeError
+from dino_adapters.contracts import CheckpointError, RecipeError
 from dino_adapters.data import ImageSource, load_source
 from dino_adapters.data.metadata import Metadata, entangled, read_metadata
+from dino_adapters.pretrain.announce import announce, say
 from dino_adapters.pretrain.augment import MultiCrop
 from dino_adapters.pretrain.build import make_learner, stem_parameters
+from dino_adapters.pretrain.candidates import is_before
 from dino_adapters.pretrain.checkpoint import Progress, meta_of, newest_good
-from dino_adapters.pretrain.delivery import method_of
 from dino_adapters.pretrain.feed import Feed
 from dino_adapters.pretrain.guides import columns_of
 from dino_adapters.pretrain.intake import Intake
+from dino_adapters.pretrain.labelled import LabelledSet, labelled_set
 from dino_adapters.pretrain.learner import Learner
 from dino_adapters.pretrain.optim import parameter_groups
 from dino_adapters.pretrain.origin import FRESH, Origin
 from dino_adapters.pretrain.parallel import divide, shard_networks
 from dino_adapters.pretrain.ranks import ALONE, ProcessGroup
-from dino_adapters.pretrain.resolve import Reason, resolve
+from dino_adapters.pretrain.resolve import resolve
 from dino_adapters.pretrain.resume import check_same_inputs, check_same_run, describe_inputs
 from dino_adapters.pretrain.run import Known, Run
-from dino_adapters.pretrain.watch import is_before
+from dino_adapters.pretrain.tensorboard import check_installed
+from dino_adapters.pretrain.together import together
 from dino_adapters.recipes.pretrain import PretrainRecipe
 from dino_adapters.runtime.console import Notices
 from dino_adapters.runtime.runfolder import RunFolder
@@ -62,7 +66,7 @@ def assemble(
     """
     import_modules(recipe.imports)
     notices = Notices() if notices is None else notices
-    going_on = resume and folder.holds_a_run
+    going_on = resume and world.told(folder.holds_a_run)
     saved = newest_state(folder, world) if going_on else None
     settled = settle_precision(recipe, world, saved, earlier_state(origin, world))
     run = build_run(settled, world, origin, notices)
@@ -70,17 +74,24 @@ def assemble(
     told = run.recipe.model_dump(mode="json") | {"precision": recipe.precision}
     if resume and not going_on and not origin.phased:
         LOGGER.warning(NOTHING_TO_RESUME, folder.path)
-    if world.leads:
+
+    def take_folder() -> None:
+        if not world.leads:
+            return
         if going_on:
             check_same_run(folder, asked, told, accept=accept_changes)
-        else:
-            if overwrite:
-                folder.empty()  # only now: everything that could be refused was accepted
-            folder.begin(told, overrides, asked=asked)
-    world.wait()
+            return
+        if overwrite:
+            folder.empty()  # only now: everything that could be refused was accepted
+        folder.begin(told, overrides, asked=asked)
+
+    together(take_folder, world)
     start(run, saved, origin)
+    if accept_changes and run.progress.ended:
+        run.progress = replace(run.progress, ended=False)
     if going_on and world.leads:
-        folder.keep_rows(lambda row: is_before(row, run.progress.step))
+        done = run.progress.step
+        folder.keep_rows(lambda row: done > 0 and is_before(row, done))
     announce(run)
     return run
 
@@ -98,11 +109,15 @@ def build_run(recipe: PretrainRecipe, world: World, origin: Origin, notices: Not
     say(reasons)
     check_division(recipe, world)
     metadata = read_guides(recipe, source, intake, notices)
+    labelled = labelled_for(recipe, source, notices)
+    if recipe.gate is not None and labelled is not None and metadata is not None:
+        # Where the verdict's labels are among the guides' values, training must not see them.
+        metadata = metadata.without(labelled.queries)
     ranks = ALONE if world.size == 1 else ProcessGroup()
     learner, infos = make_learner(recipe, intake, origin, device, notices, ranks, metadata)
     info = infos[""]
     templates: dict[str, nn.ModuleDict] = {}
-    if recipe.parallel.sharding == "full" and world.size > 1:
+    if recipe.parallel.sharding == "full" and world.grouped:
         templates = {name: deepcopy(networks).cpu() for name, networks in learner.averages.items()}
         shard_networks(learner, world)
     elif recipe.lora is not None:
@@ -132,7 +147,7 @@ def build_run(recipe: PretrainRecipe, world: World, origin: Origin, notices: Not
         MultiCrop(recipe.crops, info),
         Progress(0, 0.0),
         notices,
-        describe_inputs(intake, info, metadata) | {"precision": recipe.precision},
+        describe_inputs(intake, info, source.groups, metadata) | {"precision": recipe.precision},
         world,
         Known.about(intake.keys, source.groups, metadata),
         trained=[
@@ -141,15 +156,10 @@ def build_run(recipe: PretrainRecipe, world: World, origin: Origin, notices: Not
             for parameter in networks.parameters()
             if parameter.requires_grad
         ],
+        labelled=labelled,
         stem=stem_parameters(learner, infos),
         templates=templates,
     )
-
-
-def say(reasons: Sequence[Reason]) -> None:
-    """Says what was settled and why, and what speaks against given values."""
-    for reason in reasons:
-        LOGGER.log(logging.WARNING if reason.warning else logging.INFO, "%s", reason.sentence)
 
 
 def start(run: Run, saved: Path | None, origin: Origin) -> None:
@@ -163,6 +173,22 @@ def start(run: Run, saved: Path | None, origin: Origin) -> None:
         # Also after an interruption before the first checkpoint of this phase.
         run.restore(before, without=("gram/", "start/"))
         run.learner.remember_start()
+
+
+def labelled_for(
+    recipe: PretrainRecipe, source: ImageSource, notices: Notices
+) -> LabelledSet | None:
+    """What a run is watched and judged on; and whether what it is watched with is installed.
+
+    Raises:
+        MissingLibraryError: TensorBoard was asked for and is absent.
+        DataError: labels are absent or do not fit the images.
+    """
+    if recipe.monitor.tensorboard:
+        check_installed()
+    if not recipe.monitor.every and recipe.gate is None:
+        return None
+    return labelled_set(recipe, source, notices)
 
 
 def check_division(recipe: PretrainRecipe, world: World) -> None:
@@ -279,45 +305,3 @@ def import_modules(names: Sequence[str]) -> None:
                 f"The recipe imports '{name}', and there is no module '{error.name}'. Install it, "
                 "or set PYTHONPATH to its folder."
             ) from error
-
-
-def announce(run: Run) -> None:
-    """Says what was resolved, before the first step."""
-    recipe, count = run.recipe, len(run.feed.keys)
-    name = run.infos[""].name
-    if recipe.objective.ibot_weight > 0 and not run.learner.with_ibot and not recipe.distill:
-        LOGGER.warning("%s has no mask token, so it trains without iBOT.", name)
-    if run.progress.step:
-        LOGGER.info("going on from step %d of %d", run.progress.step, recipe.steps)
-    if recipe.distill is None:
-        training = run.infos[""].training
-        known = "random weights" if training.get("weights") == "random" else "trained weights"
-        LOGGER.info("%s starts from %s", name, known)
-    else:
-        announce_students(run.infos)
-    divided = "" if run.world.size == 1 else f", {run.world.size} processes"
-    LOGGER.info(
-        "%d images, %s, %s on %s%s: %d steps of %d images (%.1f passes), K = %d",
-        count,
-        name,
-        method_of(recipe, run.learner),
-        run.learner.device,
-        divided,
-        recipe.steps,
-        recipe.optim.batch_size,
-        recipe.steps * recipe.optim.batch_size / count,
-        recipe.objective.prototypes,
-    )
-
-
-def announce_students(infos: dict[str, BackboneInfo]) -> None:
-    """Says who learns from whom."""
-    for student, info in infos.items():
-        if student:
-            LOGGER.info(
-                "student %s: %s, %d wide; teacher %s",
-                student,
-                info.name,
-                info.embed_dim,
-                infos[""].name,
-            )

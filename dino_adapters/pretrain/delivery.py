@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import nn
 
-from dino_adapters.backbones import export_backbone
+from dino_adapters.backbones import build_network, export_backbone
 from dino_adapters.backbones.weights import DINOV3_LICENCE_ID
 from dino_adapters.contracts import BackboneInfo
 from dino_adapters.pretrain.imitate import FeatureDistillation
@@ -18,7 +19,7 @@ from dino_adapters.pretrain.objective import Tensors
 from dino_adapters.pretrain.origin import HEADS
 from dino_adapters.pretrain.sizes import largest_global
 from dino_adapters.recipes.pretrain import PretrainRecipe
-from dino_adapters.runtime.files import replace_folder
+from dino_adapters.runtime.files import needs_room, replace_folder
 
 REGULARIZERS = {"koleo": "KoLeo", "kde": "KDE", "sigreg": "SIGReg"}
 
@@ -100,9 +101,33 @@ def method_of(recipe: PretrainRecipe, learner: Learner) -> str:
 
 
 def copy_export(export: Path, target: Path) -> Path:
-    """Copies an export to another folder; whole or not at all."""
+    """Copies an export to another folder; whole or not at all.
+
+    Raises:
+        DiskFullError: there is no room; what stood there is whole.
+    """
     partial = target.with_name(f".{target.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(export, partial)
-    replace_folder(partial, target)
+    size = sum(path.stat().st_size for path in export.rglob("*") if path.is_file())
+    advice = "Make room, and go on with --resume: what is there is whole."
+    try:
+        with needs_room(f"The export {target}", target.parent, size, advice):
+            for path in sorted(export.rglob("*")):
+                if path.is_file():
+                    place = partial / path.relative_to(export)
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy2(path, place)
+        replace_folder(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def resize_export(export: Path, size: int) -> None:
+    """Writes an export once more, with the size that it was found to be read best at."""
+    network, info = build_network(export)
+    if info.size == size:
+        return
+    heads = export / HEADS
+    beside = {HEADS: load_file(heads)} if heads.is_file() else None
+    export_backbone(network, replace(info, size=size), export, overwrite=True, beside=beside)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dino_adapters.contracts import CheckpointError, NotFiniteError
 from dino_adapters.pretrain.feed import Batch
 from dino_adapters.pretrain.objective import Losses
-from dino_adapters.runtime.files import write_json
+from dino_adapters.pretrain.together import together
+from dino_adapters.runtime.files import needs_room, write_json, write_tensors
 from dino_adapters.runtime.runfolder import RunFolder
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger(__name__)
 KEYS, IMAGES, STATE = "keys.json", "images_{rank}.safetensors", "state"
+FULL_ADVICE = "Make room to have a second look at such a step; earlier states are whole."
 
 
 class Refused(Protocol):
@@ -48,6 +51,8 @@ def is_finite(losses: Losses, norms: dict[str, float]) -> bool:
 def refuse_step(run: Run, folder: RunFolder, batch: Batch, outcome: Refused) -> None:
     """Counts a step that was not applied, keeps the first one, and stops after too many.
 
+    Where it cannot be kept, that is said, and the next one is.
+
     Raises:
         NotFiniteError: more steps than `guard.most_skipped` were not finite.
     """
@@ -58,11 +63,13 @@ def refuse_step(run: Run, folder: RunFolder, batch: Batch, outcome: Refused) -> 
     said = f"{terms}, gradient norm {math.hypot(*outcome.norms.values()):g}"
     place = folder.path / "refused" / f"step_{step:08d}"
     first = not any(place.parent.glob("step_*"))
+    shown = ""
     if guard.save and run.world.told(first):
-        keep_batch(run, place, batch)
-    shown = (
-        f" See what was in it: dino-adapters pretrain --replay {place}" if place.is_dir() else ""
-    )
+        try:
+            keep_batch(run, place, batch)
+            shown = f" See what was in it: dino-adapters pretrain --replay {place}"
+        except (OSError, RuntimeError) as error:  # a second look is not worth the run
+            LOGGER.warning("The images of step %d are not kept. %s", step, error)
     if skipped > guard.most_skipped:
         raise NotFiniteError(
             f"Step {step} is not finite ({said}), as {skipped - 1} before it, and "
@@ -81,12 +88,30 @@ def refuse_step(run: Run, folder: RunFolder, batch: Batch, outcome: Refused) -> 
 
 
 def keep_batch(run: Run, place: Path, batch: Batch) -> None:
-    """Saves the images of a step, and the state that it was computed from."""
-    place.mkdir(parents=True, exist_ok=True)
-    name = IMAGES.format(rank=run.world.rank)
-    save_file({"images": batch.images.contiguous(), "looks": batch.looks}, place / name)
-    write_json(place / f"{run.world.rank}_{KEYS}", list(batch.keys))
-    run.save(place / STATE)
+    """Saves the images of a step, and the state that it was computed from.
+
+    All processes must ask; where one fails, all do, and nothing stays.
+
+    Raises:
+        DiskFullError: there is no room.
+        CheckpointError: the state cannot be written for another reason.
+        RuntimeError: nor can the images.
+    """
+    rank, images = run.world.rank, batch.images.contiguous()
+
+    def write() -> None:
+        place.mkdir(parents=True, exist_ok=True)
+        write_tensors(place / IMAGES.format(rank=rank), {"images": images, "looks": batch.looks})
+        write_json(place / f"{rank}_{KEYS}", list(batch.keys))
+
+    try:
+        with needs_room(f"The batch {place}", place, images.nbytes * run.world.size, FULL_ADVICE):
+            together(write, run.world)
+        run.save(place / STATE, last_chance=True)
+    except Exception:
+        if run.world.leads:
+            shutil.rmtree(place, ignore_errors=True)
+        raise
 
 
 def kept_batch(place: Path) -> Batch:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dino_adapters.contracts import CollapseError, Preempted
 from dino_adapters.pretrain.accumulate import accumulate
@@ -19,12 +21,13 @@ from dino_adapters.pretrain.optim import Knobs, Timetable, clip, set_rates
 from dino_adapters.pretrain.origin import FRESH, Origin, snapshot_folder
 from dino_adapters.pretrain.parallel import average_gradients, average_losses
 from dino_adapters.pretrain.run import Run
+from dino_adapters.pretrain.together import together
 from dino_adapters.pretrain.watch import Watch
 from dino_adapters.recipes.pretrain import PretrainRecipe
 from dino_adapters.runtime.console import Notices, duration, progress
 from dino_adapters.runtime.runfolder import RunFolder
 from dino_adapters.runtime.stopping import StopRequest, stoppable
-from dino_adapters.runtime.world import joined, repeatable
+from dino_adapters.runtime.world import World, joined, repeatable
 
 LOGGER = logging.getLogger(__name__)
 ROWS = 500  # about so many rows of metrics.jsonl, however long the run
@@ -58,37 +61,52 @@ def train(
     Returns:
         The export folder.
     """
-    with joined(recipe.device) as world, folder.lock(only=world.leads), stoppable() as request:
-        # Everything slow, and every refusal, happens in here: nothing is spent before it returns.
-        run = assemble(
-            recipe,
-            folder,
-            world=world,
-            resume=resume,
-            overwrite=overwrite,
-            accept_changes=accept_changes,
-            overrides=overrides,
-            notices=notices,
-            origin=origin,
-        )
-        watch = Watch(run, folder)
-        left = run.recipe.steps - run.progress.step
-        quiet = quiet or not world.leads
-        watch.begin()
-        with repeatable(run.learner.device), progress("pretrain", left, quiet=quiet) as shown:
-            ended = done = left == 0 or run.progress.ended
-            while not ended:
-                ended = steps(run, folder, watch, request, shown.step)
-        if not done:
-            run.progress = replace(run.progress, ended=True)
-            run.save(folder.checkpoints, last_chance=True)
-        LOGGER.info("%d steps in %s", run.progress.step, duration(run.progress.seconds))
-        if run.progress.skipped:
-            LOGGER.warning("%d steps were not finite and left out.", run.progress.skipped)
-        if not origin.phased:  # a run of several phases says it once, at its end
-            for line in run.notices.summary():
-                LOGGER.info("%s", line)
-        return watch.deliver()
+    with joined(recipe.device) as world, held(folder, world), stoppable() as request:
+        told: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "overrides": overrides}
+        told |= {"accept_changes": accept_changes, "notices": notices, "origin": origin}
+        # A function of its own: its networks are gone before the processes part.
+        return run_through(recipe, folder, world, request, quiet=quiet, **told)
+
+
+def run_through(
+    recipe: PretrainRecipe,
+    folder: RunFolder,
+    world: World,
+    request: StopRequest,
+    *,
+    quiet: bool,
+    origin: Origin,
+    **told: Any,
+) -> Path:
+    """One phase from its assembly to its export; the arguments are those of `train`."""
+    # Everything slow, and every refusal, happens in here: nothing is spent before it returns.
+    run = assemble(recipe, folder, world=world, origin=origin, **told)
+    watch = Watch(run, folder)
+    left = run.recipe.steps - run.progress.step
+    quiet = quiet or not world.leads
+    watch.begin()
+    with repeatable(run.learner.device), progress("pretrain", left, quiet=quiet) as shown:
+        ended = done = left == 0 or run.progress.ended
+        while not ended:
+            ended = steps(run, folder, watch, request, shown.step)
+    if not done:
+        run.progress = replace(run.progress, ended=run.progress.step < run.recipe.steps)
+        run.save(folder.checkpoints, last_chance=True)
+    LOGGER.info("%d steps in %s", run.progress.step, duration(run.progress.seconds))
+    if run.progress.skipped:
+        LOGGER.warning("%d steps were not finite and left out.", run.progress.skipped)
+    if not origin.phased:  # a run of several phases says it once, at its end
+        for line in run.notices.summary():
+            LOGGER.info("%s", line)
+    return watch.deliver()
+
+
+@contextlib.contextmanager
+def held(folder: RunFolder, world: World) -> Iterator[None]:
+    """The folder's lock, held by the first process for all; where it is refused, all end."""
+    with contextlib.ExitStack() as stack:
+        together(lambda: stack.enter_context(folder.lock(only=world.leads)), world)
+        yield
 
 
 def steps(
@@ -120,8 +138,7 @@ def steps(
             paused = time.monotonic()
             found = watch.look()
             started += time.monotonic() - paused  # looking is no training
-            if found.stops:
-                run.save(folder.checkpoints)
+            if found.stops:  # not saved: resuming comes to the same end
                 raise CollapseError(found.stops)
             if found.ends:
                 return True
@@ -129,8 +146,9 @@ def steps(
                 watch.go_back()
                 return False
         leaves = run.world.most(request.asked)[0] > 0
-        if done < recipe.steps and (leaves or done % recipe.checkpoint.every_steps == 0):
-            run.save(folder.checkpoints)
+        due = done < recipe.steps and done % recipe.checkpoint.every_steps == 0
+        if leaves or due:
+            run.save(folder.checkpoints, last_chance=leaves)
         if leaves:
             raise Preempted(
                 f"The job was told to end and saved step {done} of {recipe.steps}; the same "

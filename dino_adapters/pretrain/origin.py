@@ -15,6 +15,7 @@ from torch import nn
 
 from dino_adapters.backbones import build_network
 from dino_adapters.backbones.card import exports_below
+from dino_adapters.backbones.lora import merged
 from dino_adapters.contracts import BackboneInfo, RecipeError, WeightsError
 from dino_adapters.pretrain.objective import CENTER, Tensors, make_networks
 from dino_adapters.recipes.sections import ObjectiveRecipe
@@ -192,7 +193,7 @@ def gram_network(
     refuse_untrained("gram.teacher", gram.teacher, other)
     theirs, ours = (
         {name: tensor.shape for name, tensor in module.state_dict().items()}
-        for module in (network, student)
+        for module in (network, merged(student))
     )
     if theirs != ours:
         raise RecipeError(

@@ -13,6 +13,7 @@ several networks, micro-batches and a backbone that is frozen first.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -28,10 +29,15 @@ from dino_adapters.runtime.world import World
 BUCKET = 25 * 2**20
 """Bytes that travel together."""
 BLOCKS = ("blocks", "stages")
+WAYS_IN = ("forward_crops", "total", "losses")
+"""Methods of networks, and of guides, that use weights as `forward` does."""
 
 
 def shard_networks(learner: Learner, world: World) -> None:
-    """Divides every network of a method over the processes, block by block."""
+    """Divides every network of a method over the processes, block by block.
+
+    A process group must run (`World.grouped`); one of a single process will do.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -39,17 +45,38 @@ def shard_networks(learner: Learner, world: World) -> None:
     for networks in learner.networks().values():
         # Weights in the channels-last layout cannot be divided.
         backbone = networks["backbone"].to(memory_format=torch.contiguous_format)
-        for name, module in backbone.named_modules():
-            if name.rpartition(".")[2] in BLOCKS and isinstance(
-                module, nn.ModuleList | nn.Sequential
-            ):
-                for block in module:
-                    fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        # Features are views of tokens, and nothing here changes them in place.
+        kind = rf"\(FSDP{type(backbone).__name__}\)"
+        warnings.filterwarnings("ignore", message=f"FSDP2-wrapped module {kind} returned a view")
+        for block in blocks_of(backbone):
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
         for module in networks.values():
             # Said outright: a root would else stay whole after the forward pass of a teacher.
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
-        # The student's way in is not called forward, which is all that is watched by itself.
-        register_fsdp_forward_method(backbone, "forward_crops")
+            # What a step calls beside forward, which is all that is watched by itself.
+            for name in WAYS_IN:
+                if hasattr(module, name):
+                    register_fsdp_forward_method(module, name)
+
+
+def blocks_of(backbone: nn.Module) -> list[nn.Module]:
+    """What is gathered at a time: entries of lists called blocks or stages, inner before outer.
+
+    torch divides what is left of a module once its parts are divided, and refuses the other order.
+    Entries that are mere lists are never called, so that theirs are taken in their place.
+    """
+    found: dict[nn.Module, None] = {}  # a set in order: a list within a list is met twice
+    for name, module in reversed(list(backbone.named_modules())):
+        if name.rpartition(".")[2] in BLOCKS and isinstance(module, nn.ModuleList | nn.Sequential):
+            entries = list(module)
+            while any(isinstance(entry, nn.ModuleList) for entry in entries):
+                entries = [
+                    inner
+                    for entry in entries
+                    for inner in (entry if isinstance(entry, nn.ModuleList) else [entry])
+                ]
+            found |= dict.fromkeys(entries)
+    return list(found)
 
 
 def average_gradients(modules: Iterable[nn.Module], world: World) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,28 +12,37 @@ from typing import Any
 import torch
 
 from dino_adapters.backbones.card import CARD
-from dino_adapters.contracts import RecipeError, ShapeError, UnknownNameError, WeightsError
+from dino_adapters.contracts import (
+    Preempted,
+    RecipeError,
+    ShapeError,
+    UnknownNameError,
+    WeightsError,
+)
 from dino_adapters.data import load_source
+from dino_adapters.pretrain.announce import say
 from dino_adapters.pretrain.assemble import (
     NOTHING_TO_RESUME,
     import_modules,
     read_guides,
-    say,
 )
 from dino_adapters.pretrain.build import make_learner
+from dino_adapters.pretrain.candidates import GATE
 from dino_adapters.pretrain.delivery import copy_export, export_averages
 from dino_adapters.pretrain.intake import Intake, count_images
 from dino_adapters.pretrain.learner import Learner
-from dino_adapters.pretrain.loop import train
+from dino_adapters.pretrain.loop import held, train
 from dino_adapters.pretrain.origin import Origin, snapshot_folder
 from dino_adapters.pretrain.parallel import in_one_piece
 from dino_adapters.pretrain.resolve import resolve
 from dino_adapters.pretrain.resume import check_same_run
 from dino_adapters.pretrain.sizes import snapshot_steps
+from dino_adapters.pretrain.together import together
 from dino_adapters.recipes.pretrain import PhaseRecipe, PretrainRecipe
 from dino_adapters.recipes.sections import ModelRecipe
 from dino_adapters.runtime.console import Notices
 from dino_adapters.runtime.runfolder import RunFolder
+from dino_adapters.runtime.stopping import stoppable
 from dino_adapters.runtime.world import joined
 
 LOGGER = logging.getLogger(__name__)
@@ -79,35 +89,45 @@ def pretrain(
     if not recipe.phases:
         told |= {"resume": resume, "overwrite": overwrite, "overrides": overrides}
         return train(recipe, folder, **told)
-    with joined(recipe.device) as world, folder.lock(only=world.leads):
+    with joined(recipe.device) as world, held(folder, world), stoppable() as request:
         asked = recipe.model_dump(mode="json")
         import_modules(recipe.imports)
         # Once for all phases, so that they share batch and prototypes.
         recipe, reasons = resolve(recipe, count_images(recipe, notices))
         say(reasons)
         check_phases(recipe, notices)
-        if world.leads:
-            begin(folder, asked, recipe, resume, overwrite, accept_changes, overrides)
-        world.wait()
+        taken = (folder, asked, recipe, resume, overwrite, accept_changes, overrides)
+        together(lambda: begin(*taken) if world.leads else None, world)
         warn_of_shadows(recipe, overrides)
         earlier: dict[str, RunFolder] = {}
         for index, (phase, plan) in enumerate(recipe.plans(), start=1):
             part = folder.phase(index, phase.name)
-            if is_done(plan, part):
+            if world.told(is_done(plan, part)):
                 LOGGER.info("phase %d, %s: done already", index, phase.name)
             else:
                 LOGGER.info("phase %d of %d: %s", index, len(recipe.phases), phase.name)
                 origin = Origin(phase.start or "fresh", earlier, phased=True)
                 train(plan, part, resume=True, origin=origin, **told)
+                if world.most(request.asked)[0] and index < len(recipe.phases):
+                    raise Preempted(
+                        f"The job was told to end and finished the phase {phase.name}; the same "
+                        "command with --resume goes on from there."
+                    )
             earlier = earlier | {phase.name: part}
         for line in notices.summary():
             LOGGER.info("%s", line)
         for name, part in earlier.items():
             LOGGER.info("phase %s: %s", name, part.export)
-        if world.leads:
-            copy_export(list(earlier.values())[-1].export, folder.export)
-        world.wait()
+        last = list(earlier.values())[-1]
+        together(lambda: deliver(last, folder) if world.leads else None, world)
         return folder.export
+
+
+def deliver(last: RunFolder, folder: RunFolder) -> None:
+    """Puts what the last phase delivers, and its verdict, where a run has them."""
+    if (last.path / GATE).exists():
+        shutil.copyfile(last.path / GATE, folder.path / GATE)
+    copy_export(last.export, folder.export)
 
 
 def begin(
@@ -240,6 +260,11 @@ def _rehearse(
                 f"the phase before made {len(before[1].averages)} students, so there is no one "
                 "network to go on with. Distil one, or go on in a run of its own."
             )
+    if origin.start == "state" and (plan.gate is not None or plan.monitor.patience):
+        raise RecipeError(
+            "it goes on with the last state of the phase before, which a gate or "
+            "monitor.patience may have refused. Set start='teacher', or leave both out."
+        )
     import_modules(plan.imports)
     device = torch.device("cpu")
     source = load_source(plan.data, notices=notices)

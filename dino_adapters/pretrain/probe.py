@@ -1,7 +1,7 @@
 """k-NN and linear probe of a network while it trains, in memory.
 
 Only the gallery chooses: reading size, strength of the linear probe, best look and early stop all
-follow from its own labels, one group left out at a time. Queries are answered and nothing more.
+follow from its own labels, whole groups being left out. Queries are answered and nothing more.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from dino_adapters.contracts import BackboneInfo, DataError
 from dino_adapters.features.pool import vectors
 from dino_adapters.features.store import StoredFeatures
-from dino_adapters.pretrain.answers import knn, linear_probe, mean_recall, selection_score
+from dino_adapters.pretrain.answers import (
+    knn,
+    linear_probe,
+    linear_selection,
+    mean_recall,
+    selection_score,
+)
 from dino_adapters.pretrain.labelled import LabelledSet
 
 MOST_SIDE = 256
@@ -33,8 +39,8 @@ class Look:
 
     Attributes:
         size: Side in pixels that it was read at, chosen on the gallery.
-        selection: Balanced accuracy of k-NN within the gallery at that size: what the best look
-            and an early stop are chosen by.
+        selection: Balanced accuracy within the gallery at that size, k-NN and linear probe
+            averaged: what the best look and an early stop are chosen by.
         scores: The same of every size tried.
         strength: C of the linear probe, chosen on the gallery.
         answers: bool `(2, queries)`: whether k-NN and linear probe were right; False where a file
@@ -134,8 +140,12 @@ def look(
     scores = {}
     for size, x in gallery.vectors.items():
         finite = bool(np.isfinite(x).all())
-        scores[size] = selection_score(x, classes, groups) if finite else 0.0
-        if not finite:
+        scores[size] = 0.0
+        if finite:
+            # Both probes, as in the verdict: one alone, of some hundred images, picks by chance.
+            linear = linear_selection(x, classes, groups, labelled.notices)
+            scores[size] = (selection_score(x, classes, groups) + linear) / 2
+        else:
             labelled.notices.add("looks with vectors that are not finite, counted as wrong")
     size = max(scores, key=lambda one: (scores[one], -one))
     asked = read(network, info, labelled, labelled.queries, (size,), batch_size=batch_size)

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,15 @@ PHASE = re.compile(r"^phases\.\d+\.")
 
 
 def describe_inputs(
-    intake: Intake, info: BackboneInfo, metadata: Metadata | None = None
+    intake: Intake,
+    info: BackboneInfo,
+    groups: Mapping[str, str],
+    metadata: Metadata | None = None,
 ) -> dict[str, Any]:
     """What a run was fed beside its recipe: number of images, and a digest of all that counts."""
     content = {
         "keys": list(intake.keys),
+        "groups": [groups.get(key) for key in intake.keys],
         "bands": [[band.name, band.low, band.high] for band in intake.bands],
         "side": intake.side,
         "mean": list(info.mean),

@@ -33,10 +33,12 @@ from dino_adapters.pretrain.flat_state import (
 )
 from dino_adapters.pretrain.guides import targets_of
 from dino_adapters.pretrain.kin import kin_of
+from dino_adapters.pretrain.labelled import LabelledSet
 from dino_adapters.pretrain.learner import Learner
 from dino_adapters.pretrain.masks import block_masks, reference_block_limit
 from dino_adapters.pretrain.parallel import gathered, in_one_piece
 from dino_adapters.pretrain.sizes import sizes_at, snapshot_steps
+from dino_adapters.pretrain.together import together
 from dino_adapters.recipes.pretrain import PretrainRecipe
 from dino_adapters.runtime.chance import derive, generator
 from dino_adapters.runtime.console import Notices
@@ -97,6 +99,7 @@ class Run:
         world: the processes.
         known: groups and metadata.
         trained: parameters that learn once the backbone is not frozen.
+        labelled: what it is watched and judged on, where anything is labelled and watched.
         stem: those among them that learn while it is.
         templates: undivided averages by student, where the networks are divided over devices.
     """
@@ -114,6 +117,7 @@ class Run:
     world: World
     known: Known
     trained: list[nn.Parameter]
+    labelled: LabelledSet | None = None
     stem: list[nn.Parameter] = field(default_factory=list)
     templates: dict[str, nn.ModuleDict] = field(default_factory=dict)
     _frozen: bool = False
@@ -237,9 +241,8 @@ class Run:
         said["images_seen"] = self.progress.step * self.recipe.optim.batch_size
         averages = self.delivered()
         heads = {name: gathered(self.learner.heads(name)) for name in averages}
-        if self.world.leads:
-            export_averages(self.recipe, self.learner, self.infos, folder, said, averages, heads)
-        self.world.wait()
+        told = (self.recipe, self.learner, self.infos, folder, said, averages, heads)
+        together(lambda: export_averages(*told) if self.world.leads else None, self.world)
         return folder
 
     def state(self) -> tuple[dict[str, Tensor], checkpoint.Meta]:

@@ -10,6 +10,15 @@ from typing import Any, Self
 from dino_adapters.runtime.lookup import need
 
 
+def check_installed() -> None:
+    """Asks for the library that torch's writer writes with.
+
+    Raises:
+        MissingLibraryError: TensorBoard is absent.
+    """
+    need("tensorboard", extra="monitor")
+
+
 class Board:
     """Writes rows of a run as TensorBoard scalars, each number under its own name.
 
@@ -24,8 +33,7 @@ class Board:
     """
 
     def __init__(self, folder: Path, *, first_step: int = 0) -> None:
-        # torch brings the writer and not what it writes with: ask for that first, by its name.
-        need("tensorboard", extra="monitor")
+        check_installed()  # torch brings the writer, and not what it writes with
         writer = need("torch.utils.tensorboard", extra="monitor").SummaryWriter
         self._writer = writer(log_dir=str(folder), purge_step=first_step or None)
 

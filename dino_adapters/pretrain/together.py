@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Iterator
 from typing import TypeVar, cast
@@ -10,11 +9,10 @@ from typing import TypeVar, cast
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dino_adapters.contracts import CheckpointError
+from dino_adapters.contracts import DinoAdaptersError
+from dino_adapters.runtime.files import FULL
 from dino_adapters.runtime.world import World
 
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""No space on the disk, in a quota, or in a file."""
 T = TypeVar("T")
 
 
@@ -25,6 +23,9 @@ def together(work: Callable[[], T], world: World) -> list[T]:
         own = work(), None
     except (Exception, CheckpointException) as error:
         own = None, reason(error)
+        ours = isinstance(error, Exception) and type(own[1]) is RuntimeError
+        if world.size == 1 and ours:
+            raise  # with its own traceback
     found = [own] * world.size
     if world.size > 1:
         dist.all_gather_object(found, own)
@@ -46,8 +47,8 @@ def reason(error: BaseException) -> Exception:
         if isinstance(found, OSError) and found.errno in FULL:
             return OSError(found.errno, os.strerror(found.errno))
     for found in chain:
-        if isinstance(found, CheckpointError):
-            return CheckpointError(str(found))
+        if isinstance(found, DinoAdaptersError):
+            return type(found)(str(found))
     last = chain[-1]
     return RuntimeError(f"{type(last).__name__}: {last}")
 

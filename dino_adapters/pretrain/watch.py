@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,30 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_adapters.backbones import build_network
 from dino_adapters.contracts import NotFiniteError, UnreadableFileError
+from dino_adapters.pretrain.candidates import Candidates, is_before, is_look
 from dino_adapters.pretrain.delivery import copy_export
-from dino_adapters.pretrain.diagnosis import PREFIX, Finding, collapsed, diagnose
-from dino_adapters.pretrain.gate import (
-    delivered,
-    delivery_sentence,
-    early_stop,
-    judge,
-    unlabelled,
-)
+from dino_adapters.pretrain.diagnosis import DROP, PREFIX, Finding, diagnose
+from dino_adapters.pretrain.gate import early_stop
 from dino_adapters.pretrain.health import look_at
-from dino_adapters.pretrain.labelled import LabelledSet, labelled_set
 from dino_adapters.pretrain.optim import Timetable, frozen_steps
-from dino_adapters.pretrain.probe import Look, look, sizes_for
+from dino_adapters.pretrain.probe import Look
 from dino_adapters.pretrain.run import Run
 from dino_adapters.pretrain.sizes import largest_global
 from dino_adapters.pretrain.tensorboard import Board
-from dino_adapters.runtime.files import write_json
+from dino_adapters.pretrain.together import together
 from dino_adapters.runtime.runfolder import RunFolder
 
 LOGGER = logging.getLogger(__name__)
-CANDIDATES, START, CONTINUED = "candidates", "start", "continued"
-START_LOOK, GATE = "start.json", "gate.json"
 BEST_STATE = "best_state"
 
 
@@ -48,11 +37,13 @@ class Event:
         ends: the run ends here.
         stops: it ends with an error, for this reason.
         goes_back: it goes back to the best look.
+        alarms: features have collapsed or fallen, so that this look is no candidate.
     """
 
     ends: bool = False
     stops: str = ""
     goes_back: bool = False
+    alarms: bool = False
 
 
 class Watch:
@@ -71,38 +62,32 @@ class Watch:
         self.on = self.recipe.monitor.every > 0 or self.recipe.gate is not None
         self.student = next(iter(run.learner.averages))
         self.info = run.infos[self.student]
-        self.labelled: LabelledSet | None = None
         self.images: Tensor | None = None
         self.board: Board | None = None
         self.said: set[str] = set()
-        self._is_best = False
-        self.sizes: tuple[int, ...] = ()
-        self.crop_size = largest_global(self.recipe)
+        self.candidates = Candidates(run, folder, self.info)
 
     @property
     def keeps_best(self) -> bool:
         """Whether the best look is delivered, and not the last."""
-        return self.recipe.gate is not None or self.recipe.monitor.patience > 0
-
-    @property
-    def candidates(self) -> Path:
-        """Where start and best look are exported."""
-        return self.folder.path / CANDIDATES
+        return self.on and (self.recipe.gate is not None or self.recipe.monitor.patience > 0)
 
     def begin(self) -> None:
-        """Looks at the start, before the first step; a resumed run has that look already."""
+        """Looks at the start, before the first step; a resumed run has that look already.
+
+        Raises:
+            CheckpointError: a gate was added to a run that did not keep its start.
+        """
         if not self.on:
             return
         run = self.run
-        if run.world.leads:
-            self.labelled = labelled_set(self.recipe, run.source, run.notices)
-            self.images = self._images()
-            self.sizes = sizes_for(self.info, self.crop_size, run.feed.side)
-            self._open_board()
+        together(self._prepare, run.world)
         if run.progress.step == 0:
             if self.recipe.gate is not None:
-                run.export(self.candidates / START)
+                self._export_start()
             self.look()
+            if self.recipe.monitor.on_collapse == "rollback":
+                run.save(self.folder.path / BEST_STATE, keep=1)
 
     def is_due(self, done: int) -> bool:
         """Whether to look after so many steps."""
@@ -120,17 +105,13 @@ class Watch:
 
     def look(self) -> Event:
         """Looks at the moving average, notes it, and says what follows."""
-        networks = self.run.delivered()[self.student]
-        event = Event()
-        if self.run.world.leads:
-            row, seen = self._seen(networks)
-            self.note(row)
-            event = self._follows(seen)
-        event = self.run.world.told(event)
-        if self.run.world.told(self._is_best) and self.keeps_best:
-            self.run.export(self.candidates / CONTINUED)
-        if self.run.world.told(self._is_best) and self.recipe.monitor.on_collapse == "rollback":
-            self.run.save(self.folder.path / BEST_STATE, keep=1)
+        networks, world = self.run.delivered()[self.student], self.run.world
+        event, is_best = together(lambda: self._looked(networks), world)[0]
+        if is_best and not event.alarms:
+            if self.keeps_best:
+                self.run.export(self.candidates.continued)
+            if self.recipe.monitor.on_collapse == "rollback":
+                self.run.save(self.folder.path / BEST_STATE, keep=1)
         return event
 
     def go_back(self) -> None:
@@ -153,20 +134,51 @@ class Watch:
     def deliver(self) -> Path:
         """Exports the result, or with a gate the better of start and result."""
         run, export = self.run, self.folder.export
-        best = self.candidates / CONTINUED
-        if not self.keeps_best or not self.on:
+        best = self.candidates.continued
+        if not self.keeps_best:
             run.export(export)
-        elif not best.is_dir():
+        elif not run.world.told(best.is_dir()):
             run.export(best)
         if run.world.leads and self.board is not None:
             self.board.close()
-        if self.recipe.gate is None:
-            if self.keeps_best and run.world.leads:
-                copy_export(best, export)
-        elif run.world.leads:
-            self._judge()
-        run.world.wait()
+        if self.keeps_best:
+            together(lambda: self._choose(best, export), run.world)
         return export
+
+    def _choose(self, best: Path, export: Path) -> None:
+        if not self.run.world.leads:
+            return
+        if self.recipe.gate is None:
+            copy_export(best, export)
+        else:
+            self.candidates.judge(self.recipe.gate)
+
+    def _prepare(self) -> None:
+        run = self.run
+        if not run.world.leads:
+            return
+        self.candidates.check()
+        self.images = self._images()
+        self._open_board()
+
+    def _export_start(self) -> None:
+        """Keeps the network that the run starts from, as it came, with its own card."""
+        backbone = self.run.delivered()[self.student]["backbone"]
+        world, keep = self.run.world, self.candidates.keep_start
+        together(lambda: keep(backbone) if world.leads else None, world)
+
+    def _looked(self, networks: nn.ModuleDict) -> tuple[Event, bool]:
+        """What follows from a look, and whether it is the best so far; the first process looks."""
+        if not self.run.world.leads:
+            return Event(), False
+        row, seen = self._seen(networks.to(self.run.learner.device))
+        earlier = [look.get(f"{PREFIX}selection") for look in self._thawed()]
+        self.note(row)
+        is_best = self.run.progress.step > frozen_steps(self.recipe)
+        if seen is not None:  # without labels the last is taken for the best
+            before = [score for score in earlier if score is not None]
+            is_best = is_best and seen.selection > max(before, default=-1.0)
+        return self._follows(seen), is_best
 
     def _open_board(self) -> None:
         if self.board is not None:
@@ -188,54 +200,66 @@ class Watch:
                 signs = {}
                 LOGGER.warning("%s", error)
             row |= {f"{PREFIX}{name}": value for name, value in signs.items()}
-        self._is_best = False
-        if self.labelled is None:
-            # Without labels the last is taken for the best.
-            self._is_best = done > 0
+        if self.candidates.labelled is None:
             return row, None
-        first = self._kept(START_LOOK)
-        # All sizes at the start and for the verdict; on the way the crops' and the start's best.
-        sizes = self.sizes if first is None or done == 0 else tuple({first.size, self.crop_size})
-        seen = look(networks["backbone"], self.info, self.labelled, sorted(sizes))
-        row |= {f"{PREFIX}knn": seen.knn, f"{PREFIX}linear": seen.linear}
-        row |= {f"{PREFIX}selection": seen.selection, f"{PREFIX}size": seen.size}
-        if done == 0:
-            write_json(self.candidates / START_LOOK, seen.as_json())
-        elif first is not None:
-            verdict = judge(first, seen, self.labelled)
-            gains = {"gain": verdict.difference, "gain_low": verdict.low}
-            gains |= {"gain_high": verdict.high}
-            row |= {f"{PREFIX}{name}": gain for name, gain in gains.items() if gain is not None}
-            earlier = [look[f"{PREFIX}selection"] for look in self.looks()[1:]]
-            if seen.selection > max(earlier, default=-1.0):
-                self._is_best = True
-        shown = ", ".join(f"{name} {100 * row[PREFIX + name]:.1f} %" for name in ("knn", "linear"))
-        LOGGER.info("step %d: %s on labelled images", done, shown)
+        seen, noted = self.candidates.look(networks["backbone"], done)
+        row |= noted
         return row, seen
 
     def _follows(self, seen: Look | None) -> Event:
-        """What the looks so far ask for."""
+        """What the looks so far ask for; the verdict's images have no say in it."""
         findings, told = self.findings(), self.recipe.monitor
         for finding in findings:
             if finding.kind not in self.said:
                 self.said.add(finding.kind)
                 LOGGER.warning("%s", finding.sentence)
-        if collapsed(findings) and told.on_collapse != "warn":
-            kept = any((self.folder.path / BEST_STATE).glob("step_*"))
-            if told.on_collapse == "rollback" and kept:
-                if self.run.progress.rollbacks < told.rollbacks:
-                    self.said.clear()
-                    return Event(goes_back=True)
-                LOGGER.warning("The run went back %d times already.", told.rollbacks)
-            if self.recipe.gate is not None:
-                LOGGER.warning("The run ends here, and is held against its start.")
-                return Event(ends=True)
-            return Event(stops=findings[0].sentence)
-        scores = [row[f"{PREFIX}selection"] for row in self.looks() if seen is not None]
+        reasons = [finding.sentence for finding in findings if finding.kind == "collapse"]
+        reasons += self._fallen(seen)
+        event = self._alarm(reasons[0]) if reasons else Event()
+        if event.ends or event.stops or event.goes_back:
+            return event
+        looks = [row for row in self.looks()[:1] if row["step"] == 0] + self._thawed()
+        scores = [score for row in looks if (score := row.get(f"{PREFIX}selection")) is not None]
         if early_stop(scores, told.patience):
             LOGGER.info("no better look for %d in a row: the run ends here", told.patience)
-            return Event(ends=True)
-        return Event()
+            return replace(event, ends=True)
+        return event
+
+    def _fallen(self, seen: Look | None) -> list[str]:
+        """Why a look counts as a fall behind the start, by the images that may choose."""
+        first = self.candidates.first_look()
+        done = self.run.progress.step
+        if seen is None or first is None or done <= frozen_steps(self.recipe):
+            return []
+        if seen.selection >= first.selection - DROP:
+            return []
+        return [
+            f"Features fell behind the start: {100 * seen.selection:.1f} % of the labelled images "
+            f"to choose by, and {100 * first.selection:.1f} % before. Try a lower optim.lr, or an "
+            "anchor."
+        ]
+
+    def _alarm(self, reason: str) -> Event:
+        """What the recipe says to do now."""
+        told = self.recipe.monitor
+        if told.on_collapse == "warn":
+            LOGGER.warning("%s", reason)
+            return Event(alarms=True)
+        kept = any((self.folder.path / BEST_STATE).glob("step_*"))
+        if told.on_collapse == "rollback" and kept:
+            if self.run.progress.rollbacks < told.rollbacks:
+                self.said.clear()
+                LOGGER.warning("%s", reason)
+                return Event(goes_back=True, alarms=True)
+            LOGGER.warning("The run went back %d times already.", told.rollbacks)
+        if self.recipe.gate is not None:
+            LOGGER.warning("%s The run ends here, and is held against its start.", reason)
+            return Event(ends=True, alarms=True)
+        return Event(stops=reason, alarms=True)
+
+    def _thawed(self) -> list[dict[str, Any]]:
+        """Looks at a backbone that training has moved."""
+        return [row for row in self.looks() if row["step"] > frozen_steps(self.recipe)]
 
     def looks(self) -> list[dict[str, Any]]:
         """Rows of all looks so far."""
@@ -252,29 +276,6 @@ class Watch:
             images=len(self.run.feed.keys),
             frozen_until=frozen_steps(recipe),
         )
-
-    def _judge(self) -> None:
-        """The verdict on the best look, and the export that follows from it."""
-        gate = self.recipe.gate
-        assert gate is not None
-        first, verdict = self._kept(START_LOOK), unlabelled(self.run.notices)
-        if self.labelled is not None and first is not None:
-            network, info = build_network(self.candidates / CONTINUED)
-            last = look(network.to(self.run.learner.device), info, self.labelled, self.sizes)
-            verdict = judge(first, last, self.labelled)
-        choice = delivered(verdict, gate)
-        copy_export(self.candidates / choice, self.folder.export)
-        sentence = f"{verdict.sentence} {delivery_sentence(verdict, gate)}"
-        LOGGER.info("%s", sentence)
-        found = verdict.as_json() | {"exported": choice, "sentence": sentence}
-        write_json(self.folder.path / GATE, found)
-
-    def _kept(self, name: str) -> Look | None:
-        """A look that was written down."""
-        path = self.candidates / name
-        if not path.exists():
-            return None
-        return Look.from_json(json.loads(path.read_text(encoding="utf-8")))
 
     def _images(self) -> Tensor | None:
         """Squares of some images of the run, evenly spread, as the network reads them."""
@@ -303,13 +304,3 @@ def square(image: Tensor, size: int) -> Tensor:
     middle = middle.float() / 255 if middle.dtype == torch.uint8 else middle.float()
     resized = F.interpolate(middle[None], size=(size, size), mode="bicubic", antialias=True)
     return resized[0].clamp(0.0, 1.0)
-
-
-def is_look(row: Mapping[str, Any]) -> bool:
-    """Whether a row of `metrics.jsonl` is a look, and not a step."""
-    return any(key.startswith(PREFIX) for key in row)
-
-
-def is_before(row: Mapping[str, Any], done: int) -> bool:
-    """Whether a row was noted when so many steps were done, a look after the last included."""
-    return int(row.get("step", -1)) < done + is_look(row)

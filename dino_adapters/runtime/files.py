@@ -1,16 +1,27 @@
-"""Whole files or none: atomic writes, and digests of what was written."""
+"""Whole files or none: atomic writes, full disks, and digests of what was written."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from dino_adapters.contracts import DiskFullError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""No space on the disk, in a quota, or in a file."""
+OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 @contextlib.contextmanager
@@ -45,6 +56,59 @@ def write_json(path: Path, value: Any, *, default: Callable[[Any], Any] | None =
     write_text(path, text + "\n")
 
 
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a safetensors file through to the disk; not atomically.
+
+    Args:
+        path: the file; its folder is there.
+        tensors: contiguous ones that share no memory.
+        metadata: texts for the file's header.
+
+    Raises:
+        OSError: it cannot be written; safetensors alone would tell that as an error of its own.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        if (found := OS_ERROR.search(str(error))) is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
+    with path.open("rb+") as written:
+        os.fsync(written.fileno())
+
+
+@contextlib.contextmanager
+def needs_room(what: str, folder: Path, size: int, advice: str) -> Iterator[None]:
+    """Tells a full disk as what it is, whatever was being written; other errors pass.
+
+    Args:
+        what: begins the sentence: `The export /a/b`.
+        folder: where it goes, there or not yet.
+        size: bytes that it takes.
+        advice: what to do, and what is whole.
+
+    Raises:
+        DiskFullError: the disk, a quota or the largest file allowed is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(there).free
+        raise DiskFullError(
+            f"{what} could not be written ({os.strerror(error.errno)}). It takes "
+            f"{size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free. {advice}"
+        ) from error
+
+
 def replace_folder(temporary: Path, folder: Path) -> None:
     """Puts a finished folder in the place of another, or of none; both have the same parent."""
     if not folder.exists() or not any(folder.iterdir()):
@@ -52,11 +116,15 @@ def replace_folder(temporary: Path, folder: Path) -> None:
         return
     # Two renames: a reader finds the old export or the new one, or for an instant none.
     old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-    folder.replace(old)
     try:
+        folder.replace(old)
         temporary.replace(folder)
     except OSError:
-        old.replace(folder)
+        # The old content back, or an empty folder away.
+        if folder.exists():
+            old.rmdir()
+        else:
+            old.replace(folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
 

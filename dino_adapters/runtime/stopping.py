@@ -17,6 +17,9 @@ class StopRequest:
     asked: bool = False
 
 
+_request: StopRequest | None = None
+
+
 @contextlib.contextmanager
 def stoppable() -> Iterator[StopRequest]:
     """Turns SIGTERM into a request that the loop can answer between two steps.
@@ -24,6 +27,10 @@ def stoppable() -> Iterator[StopRequest]:
     Clusters send it before they take a machine away. A second one ends the process at once.
     Signals reach the main thread alone: elsewhere nothing is changed.
     """
+    global _request
+    if _request is not None:  # one of a larger job, such as a phase: what it is asked, all are
+        yield _request
+        return
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -35,7 +42,9 @@ def stoppable() -> Iterator[StopRequest]:
         signal.signal(signal.SIGTERM, before)
 
     signal.signal(signal.SIGTERM, ask)
+    _request = request
     try:
         yield request
     finally:
+        _request = None
         signal.signal(signal.SIGTERM, before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import re
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from dino_adapters.contracts import RecipeError
 
 PATIENCE = timedelta(minutes=30)
 """How long ranks wait for each other: the first one evaluates and writes while others wait."""
+TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What a process group is made from, beside WORLD_SIZE."""
 KNOWN = re.compile(r"cpu|mps|cuda(?::(\d{1,3}))?", re.ASCII)
 
 
@@ -28,11 +31,13 @@ class World:
         rank: number of this process, from 0.
         size: how many there are.
         local_rank: number on this machine, which is that of its GPU.
+        grouped: whether a process group runs, be it of this process alone; FSDP2 needs one.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    grouped: bool = False
 
     @property
     def leads(self) -> bool:
@@ -74,30 +79,38 @@ def _reachable(local_rank: int) -> torch.device:
 def joined(device: str = "auto") -> Iterator[World]:
     """The processes that torchrun started together, or this one alone.
 
+    One process that torchrun started is a group of one, so that a divided state can be tried on a
+    single device.
+
     Args:
         device: as for `pick_device`; GPUs talk over nccl, CPUs over gloo.
 
     Raises:
-        RecipeError: the variables of torchrun are there and make no sense.
+        RecipeError: the variables of torchrun are there and make no sense, or the device is none
+            that this process can have.
     """
     size = os.environ.get("WORLD_SIZE", "1")
-    if size == "1" or dist.is_initialized():
+    if dist.is_initialized() or (size == "1" and not all(name in os.environ for name in TORCHRUN)):
         yield current_world()
         return
     try:
-        world = World(int(os.environ["RANK"]), int(size), int(os.environ["LOCAL_RANK"]))
+        rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+        world = World(rank, int(size), local_rank, grouped=True)
     except (KeyError, ValueError) as error:
         raise RecipeError(
             f"WORLD_SIZE is {size}, and RANK or LOCAL_RANK is no number ({error}). Start several "
             "processes with torchrun, or unset WORLD_SIZE."
         ) from error
-    on_gpu = torch.cuda.is_available() and device != "cpu"
+    chosen = pick_device(device, world)
+    on_gpu = chosen.type == "cuda"
     if on_gpu:
-        torch.cuda.set_device(world.local_rank)
+        torch.cuda.set_device(chosen.index or 0)
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
     try:
         yield world
     finally:
+        # Networks that are divided hold the group; freed after it, they would end the process.
+        gc.collect()
         dist.destroy_process_group()
 
 
@@ -105,7 +118,8 @@ def current_world() -> World:
     """The processes as they stand: those of a running process group, or this one alone."""
     if not dist.is_initialized():
         return ALONE
-    return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, grouped=True)
 
 
 def pick_device(name: str = "auto", world: World = ALONE) -> torch.device:
@@ -120,12 +134,11 @@ def pick_device(name: str = "auto", world: World = ALONE) -> torch.device:
         world: the processes.
 
     Raises:
-        RecipeError: the name is none of these, or the device is absent.
+        RecipeError: the name is none of these, the device is absent, or several processes would
+            share a GPU.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and world.size > 1:
-        name = f"cuda:{world.local_rank}"
     known = KNOWN.fullmatch(name)
     if known is None:
         raise RecipeError(f"'{name}' is no device. Use auto, cpu, cuda, cuda:N or mps.")
@@ -135,12 +148,30 @@ def pick_device(name: str = "auto", world: World = ALONE) -> torch.device:
         if not torch.cuda.is_available():
             raise RecipeError(f"'{name}' was asked for, but torch finds no GPU. Use auto or cpu.")
         count = torch.cuda.device_count()
+        if world.size > 1:
+            return _own_gpu(name, world, count)
         if int(known[1] or 0) >= count:
             raise RecipeError(
                 f"'{name}' was asked for, but the last GPU is cuda:{count - 1}. Use that or a "
                 "lower number."
             )
     return torch.device(name)
+
+
+def _own_gpu(name: str, world: World, count: int) -> torch.device:
+    """The GPU of a process among several, by its number on the machine."""
+    if name != "cuda":
+        raise RecipeError(
+            f"'{name}' was asked for, and {world.size} processes would share it, while each needs "
+            "a GPU of its own. Use device=cuda, and choose GPUs with CUDA_VISIBLE_DEVICES."
+        )
+    if world.local_rank >= count:
+        raise RecipeError(
+            f"This is process {world.local_rank + 1} on its machine, and torch finds {count} GPUs "
+            f"there, while each process needs one of its own. Use --nproc-per-node={count}, make "
+            "more visible in CUDA_VISIBLE_DEVICES, or use device=cpu."
+        )
+    return torch.device("cuda", world.local_rank)
 
 
 @contextlib.contextmanager

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
+import os
+import resource
 import stat
 from typing import Any
 
@@ -27,7 +30,14 @@ from dino_adapters.backbones import (
     save,
 )
 from dino_adapters.backbones.card import read_card
-from dino_adapters.contracts import RGB, BackboneInfo, Band, RunFolderError, WeightsError
+from dino_adapters.contracts import (
+    RGB,
+    BackboneInfo,
+    Band,
+    DiskFullError,
+    RunFolderError,
+    WeightsError,
+)
 
 NIR = Band("nir", "reflectance", 842.0, 0.0, 1.0)
 TOLERANCE = 1e-5
@@ -207,21 +217,46 @@ class TestFolder:
         assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
 
     @pytest.mark.parametrize("fails_at", [0, 1, 2])
-    def test_a_failure_leaves_the_old_export(self, fails_at, scatter, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+    def test_a_failure_leaves_the_old_export(
+        self, fails_at, number, scatter, tmp_path, monkeypatch
+    ):
         network, info = made(SHAPES["nobias"], scatter)
         folder = export_backbone(network, info, tmp_path / "out")
         before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
         calls = iter(range(9))
-        real = save.save_file
+        real = save.write_tensors
 
-        def full(*args, **kwargs):
+        def full(path, *args):
             if next(calls) == fails_at:
-                raise OSError("No space left on device")
-            real(*args, **kwargs)
+                path.write_bytes(b"half")
+                raise OSError(number, os.strerror(number))
+            real(path, *args)
 
-        monkeypatch.setattr(save, "save_file", full)
-        with pytest.raises(OSError, match="No space"):
+        monkeypatch.setattr(save, "write_tensors", full)
+        expected = DiskFullError if number == errno.ENOSPC else PermissionError
+        with pytest.raises(expected, match=os.strerror(number)):
             export_backbone(scatter(network, seed=4), info, folder, overwrite=True)
+        assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+        assert list(tmp_path.iterdir()) == [folder]
+
+    @pytest.mark.parametrize("limit", [100, 20_000, 300_000])
+    def test_a_file_that_may_not_grow_is_a_full_disk(self, limit, scatter, tmp_path):
+        network, info = made(SHAPES["nobias"], scatter)
+        folder = export_backbone(network, info, tmp_path / "out")
+        assert (folder / "model.safetensors").stat().st_size > 300_000
+        before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            with pytest.raises(DiskFullError) as told:
+                export_backbone(scatter(network, seed=4), info, folder, overwrite=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        said = str(told.value)
+        assert said.startswith(f"The export {folder} could not be written (File too large).")
+        assert "MB are free" in said
+        assert "--resume" in said
         assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
         assert list(tmp_path.iterdir()) == [folder]
 

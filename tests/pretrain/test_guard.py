@@ -19,6 +19,7 @@ from dino_adapters.contracts import (
 from dino_adapters.pretrain import checkpoint, loop, pretrain
 from dino_adapters.pretrain.feed import Feed
 from dino_adapters.pretrain.replay import replay
+from dino_adapters.pretrain.watch import Watch
 from dino_adapters.runtime.runfolder import RunFolder
 from dino_adapters.runtime.stopping import stoppable
 
@@ -176,6 +177,35 @@ def test_sigterm_saves_and_the_same_command_goes_on(tiny, tmp_path, monkeypatch)
     monkeypatch.undo()
     again = weights(pretrain(tiny(), folder, resume=True, quiet=True))
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
+def test_sigterm_in_the_last_step_saves_that_step(tiny, tmp_path, monkeypatch):
+    step, folder = loop.one_step, RunFolder(tmp_path / "b")
+
+    def terminated(run, crops, knobs):
+        if knobs.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(run, crops, knobs)
+
+    monkeypatch.setattr(loop, "one_step", terminated)
+    with pytest.raises(Preempted, match="saved step 6 of 6"):
+        pretrain(tiny(), folder, quiet=True)
+    assert checkpoint.checkpoints(folder.checkpoints)[-1].name == "step_00000006"
+
+
+def test_sigterm_at_the_end_of_a_phase_ends_the_run(tiny, tmp_path, monkeypatch):
+    deliver, folder = Watch.deliver, RunFolder(tmp_path / "run")
+
+    def terminated(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return deliver(self)
+
+    recipe = tiny(phases=[{"name": "a"}, {"name": "b"}], steps=2)
+    monkeypatch.setattr(Watch, "deliver", terminated)
+    with pytest.raises(Preempted, match="finished the phase a"):
+        pretrain(recipe, folder, quiet=True)
+    monkeypatch.undo()
+    assert pretrain(recipe, folder, resume=True, quiet=True).is_dir()
 
 
 def test_a_second_sigterm_is_the_systems_own():

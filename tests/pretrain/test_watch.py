@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dino_adapters.backbones import load_backbone
-from dino_adapters.contracts import CollapseError
-from dino_adapters.pretrain import loop, pretrain, watch
+from dino_adapters.backbones import build_network, export_backbone, load_backbone
+from dino_adapters.contracts import CheckpointError, CollapseError, DataError, RecipeError
+from dino_adapters.pretrain import candidates, loop, pretrain, watch
+from dino_adapters.pretrain.candidates import is_before, is_look
 from dino_adapters.pretrain.diagnosis import Finding
-from dino_adapters.pretrain.watch import is_before, is_look, square
+from dino_adapters.pretrain.watch import square
 from dino_adapters.runtime.runfolder import RunFolder
 
 CLASSES = ("dark", "light", "stripes")
@@ -106,12 +107,12 @@ def test_a_resumed_run_keeps_and_repeats_its_looks(told, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["better", "worse", "same"])
 def test_the_gate_exports_what_the_verdict_says(told, tmp_path, monkeypatch, kind, caplog):
-    judge = watch.judge
+    judge = candidates.judge
 
     def settled(*given):
         return replace(judge(*given), kind=kind)
 
-    monkeypatch.setattr(watch, "judge", settled)
+    monkeypatch.setattr(candidates, "judge", settled)
     folder = RunFolder(tmp_path / "run")
     with caplog.at_level("INFO"):
         pretrain(told(gate={}, optim={"lr": 0.1}), folder, quiet=True)
@@ -187,12 +188,12 @@ def test_after_the_last_rollback_the_run_stops(told, tmp_path, monkeypatch):
 
 
 def test_early_stop_delivers_the_best_look_and_stays_ended(told, tmp_path, monkeypatch):
-    real, scores = watch.look, iter([0.5, 0.9, 0.4, 0.3, 0.99, 0.99])
+    real, scores = candidates.look, iter([0.5, 0.9, 0.4, 0.3, 0.99, 0.99])
 
     def scored(*given):
         return replace(real(*given), selection=next(scores))
 
-    monkeypatch.setattr(watch, "look", scored)
+    monkeypatch.setattr(candidates, "look", scored)
     folder = RunFolder(tmp_path / "run")
     recipe = told(monitor={"every": 1 / 6, "images": 6, "patience": 2})
     export = pretrain(recipe, folder, quiet=True)
@@ -200,6 +201,157 @@ def test_early_stop_delivers_the_best_look_and_stays_ended(told, tmp_path, monke
     assert load_backbone(export).info.training["steps"] == 1
     pretrain(recipe, folder, resume=True, quiet=True)
     assert len(folder.rows_with("loss")) == 3
+
+
+def scores_of(monkeypatch, scores):
+    """Looks with these scores to choose by, in order; the verdict's are left as they are."""
+    real, given = candidates.look, iter(scores)
+
+    def scored(*told):
+        found = real(*told)
+        return replace(found, selection=next(given, found.selection))
+
+    monkeypatch.setattr(candidates, "look", scored)
+
+
+def test_a_fall_takes_the_run_back_to_the_good_state_and_not_to_itself(told, tmp_path, monkeypatch):
+    scores_of(monkeypatch, [0.8, 0.9, 0.5, 0.9, 0.9])
+    monitor = {"every": 0.34, "images": 6, "on_collapse": "rollback", "rollbacks": 1}
+    folder = RunFolder(tmp_path / "run")
+    pretrain(told(monitor=monitor), folder, quiet=True)
+    (kept,) = (folder.path / "best_state").glob("step_*")
+    assert kept.name == "step_00000002"
+    rates = [row["lr"] for row in folder.rows_with("loss")]
+    assert len(rates) == 6
+
+
+def test_a_fall_in_the_first_look_goes_back_to_the_start(told, tmp_path, monkeypatch, caplog):
+    scores_of(monkeypatch, [0.8, 0.2, 0.8, 0.8, 0.8])
+    monitor = {"every": 0.34, "images": 6, "on_collapse": "rollback", "rollbacks": 1}
+    pretrain(told(monitor=monitor), RunFolder(tmp_path / "run"), quiet=True)
+    assert "goes back to step 0" in caplog.text
+
+
+def test_without_labels_a_collapse_goes_back_to_the_look_before(
+    tiny, tmp_path, monkeypatch, caplog
+):
+    alarmed(monkeypatch, {(4, 0)})
+    monitor = {"every": 0.34, "images": 6, "on_collapse": "rollback", "rollbacks": 1}
+    pretrain(tiny(monitor=monitor), RunFolder(tmp_path / "run"), quiet=True)
+    assert "goes back to step 2" in caplog.text
+
+
+def test_the_verdicts_images_decide_nothing_on_the_way(told, tmp_path, monkeypatch):
+    """Queries that fall while the gallery rises are logged, and the run goes on."""
+    scores_of(monkeypatch, [0.6, 0.7, 0.8])
+    judge = candidates.judge
+
+    def fallen(*given):
+        return replace(judge(*given), difference=-0.3, low=-0.4, high=-0.2, kind="worse")
+
+    monkeypatch.setattr(candidates, "judge", fallen)
+    monitor = LOOKS | {"on_collapse": "rollback"}
+    folder = RunFolder(tmp_path / "run")
+    pretrain(told(monitor=monitor, gate={}), folder, quiet=True)
+    assert [row["step"] for row in folder.rows_with("loss")] == list(range(6))
+    assert json.loads((folder.path / "gate.json").read_text())["exported"] == "start"
+
+
+def test_the_start_comes_back_as_it_was_given(told, tmp_path):
+    first = pretrain(told(monitor={"every": 0.0}, steps=1), RunFolder(tmp_path / "a"), quiet=True)
+    network, info = build_network(first)
+    given = export_backbone(network, replace(info, size=96), tmp_path / "given")
+    recipe = told(gate={}).changed({"model": {"source": str(given), "architecture": {}}})
+    folder = RunFolder(tmp_path / "run")
+    pretrain(recipe, folder, quiet=True)
+    back = load_backbone(folder.path / "candidates" / "start").info
+    assert back.size == 96
+    assert back.training == load_backbone(given).info.training
+    continued = load_backbone(folder.path / "candidates" / "continued").info
+    assert continued.size in candidates_sizes(folder)
+
+
+def candidates_sizes(folder):
+    return {
+        int(size)
+        for size in json.loads((folder.path / "candidates/start.json").read_text())["scores"]
+    }
+
+
+def test_killed_before_the_first_state_it_begins_again(told, tmp_path, monkeypatch):
+    recipe = told(gate={}, checkpoint={"every_steps": 100})
+    whole, folder = RunFolder(tmp_path / "a"), RunFolder(tmp_path / "b")
+    pretrain(recipe, whole, quiet=True)
+    step = loop.one_step
+
+    def killed(run, crops, knobs):
+        if knobs.step == 4:
+            raise KeyboardInterrupt
+        return step(run, crops, knobs)
+
+    monkeypatch.setattr(loop, "one_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(recipe, folder, quiet=True)
+    monkeypatch.undo()
+    pretrain(recipe, folder, resume=True, quiet=True)
+    steps = [(row["step"], is_look(row)) for row in folder.rows()]
+    assert steps == [(row["step"], is_look(row)) for row in whole.rows()]
+    ours, theirs = (weights(f.path / "candidates" / "continued") for f in (folder, whole))
+    assert equal(ours, theirs)
+
+
+def test_looks_at_a_frozen_backbone_are_no_candidates(told, tmp_path):
+    schedule = {"freeze_backbone": 0.3, "warmup": 0.0}
+    monitor = {"every": 0.1, "images": 6, "patience": 2}
+    folder = RunFolder(tmp_path / "run")
+    export = pretrain(told(schedule=schedule, monitor=monitor, steps=10), folder, quiet=True)
+    assert load_backbone(export).info.training["steps"] > 3
+    assert len(folder.rows_with("loss")) > 3
+
+
+def test_patience_without_looks_delivers_the_last(told, tmp_path):
+    recipe = told(monitor={"every": 0.0, "patience": 2})
+    assert pretrain(recipe, RunFolder(tmp_path / "run"), quiet=True).is_dir()
+
+
+def test_labels_may_come_later(tiny, labelled, tmp_path, monkeypatch):
+    """As the verdict without labels advises: name some, and go on."""
+    data = {"source": str(labelled)}
+    folder = RunFolder(tmp_path / "run")
+    pretrain(tiny(data=data, gate={}, monitor=LOOKS), folder, quiet=True)
+    assert json.loads((folder.path / "gate.json").read_text())["kind"] == "unknown"
+    named = tiny(data=data, gate={}, monitor=LOOKS | {"labels": str(labelled / "labels.csv")})
+    pretrain(named, folder, resume=True, accept_changes=True, quiet=True)
+    assert json.loads((folder.path / "gate.json").read_text())["kind"] != "unknown"
+
+
+def test_a_gate_that_comes_later_is_refused(told, tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "run")
+    pretrain(told(steps=2), folder, quiet=True)
+    with pytest.raises(CheckpointError, match="began without a gate"):
+        pretrain(told(steps=4, gate={}), folder, resume=True, accept_changes=True, quiet=True)
+
+
+def test_a_finished_run_may_be_told_more_steps(told, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    pretrain(told(steps=2), folder, quiet=True)
+    pretrain(told(steps=4), folder, resume=True, accept_changes=True, quiet=True)
+    assert len(folder.rows_with("loss")) == 4
+
+
+def test_a_wrong_table_is_refused_before_the_old_run_goes(told, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    export = pretrain(told(steps=2), folder, quiet=True)
+    wrong = told(steps=2, monitor=LOOKS | {"labels": "typo.csv"})
+    with pytest.raises(DataError, match=r"typo\.csv"):
+        pretrain(wrong, folder, overwrite=True, quiet=True)
+    assert export.is_dir()
+
+
+def test_a_gate_and_the_last_state_of_a_phase_do_not_go_together(tiny, tmp_path):
+    recipe = tiny(gate={}, phases=[{"name": "a"}, {"name": "b", "start": "state"}])
+    with pytest.raises(RecipeError, match=r"Phase b: .*Set start='teacher'"):
+        pretrain(recipe, RunFolder(tmp_path / "run"), quiet=True)
 
 
 def test_the_middle_of_an_image_is_looked_at():

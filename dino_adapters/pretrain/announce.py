@@ -1,0 +1,71 @@
+"""What is said before the first step: what was settled, who learns from what, and for how long."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from dino_adapters.contracts import BackboneInfo
+from dino_adapters.pretrain.delivery import method_of
+from dino_adapters.pretrain.resolve import Reason
+from dino_adapters.pretrain.run import Run
+from dino_adapters.pretrain.schedules import scaled_rate
+
+LOGGER = logging.getLogger(__name__)
+
+
+def say(reasons: Sequence[Reason]) -> None:
+    """Says what was settled and why, and what speaks against given values."""
+    for reason in reasons:
+        LOGGER.log(logging.WARNING if reason.warning else logging.INFO, "%s", reason.sentence)
+
+
+def announce(run: Run) -> None:
+    """Says what was resolved, before the first step."""
+    recipe, count = run.recipe, len(run.feed.keys)
+    name = run.infos[""].name
+    if recipe.objective.ibot_weight > 0 and not run.learner.with_ibot and not recipe.distill:
+        LOGGER.warning("%s has no mask token, so it trains without iBOT.", name)
+    if run.progress.step:
+        LOGGER.info("going on from step %d of %d", run.progress.step, recipe.steps)
+    if recipe.distill is None:
+        training = run.infos[""].training
+        known = "random weights" if training.get("weights") == "random" else "trained weights"
+        LOGGER.info("%s starts from %s", name, known)
+    else:
+        announce_students(run.infos)
+    divided = "" if run.world.size == 1 else f", {run.world.size} processes"
+    peak = scaled_rate(recipe.optim.lr, recipe.optim.batch_size, recipe.optim.lr_rule)
+    if recipe.optim.lr_rule != "none":
+        LOGGER.info(
+            "the learning rate rises to %.2g: optim.lr %g by the rule %s for batches of %d",
+            peak,
+            recipe.optim.lr,
+            recipe.optim.lr_rule,
+            recipe.optim.batch_size,
+        )
+    LOGGER.info(
+        "%d images, %s, %s on %s%s: %d steps of %d images (%.1f passes), K = %d",
+        count,
+        name,
+        method_of(recipe, run.learner),
+        run.learner.device,
+        divided,
+        recipe.steps,
+        recipe.optim.batch_size,
+        recipe.steps * recipe.optim.batch_size / count,
+        recipe.objective.prototypes,
+    )
+
+
+def announce_students(infos: dict[str, BackboneInfo]) -> None:
+    """Says who learns from whom."""
+    for student, info in infos.items():
+        if student:
+            LOGGER.info(
+                "student %s: %s, %d wide; teacher %s",
+                student,
+                info.name,
+                info.embed_dim,
+                infos[""].name,
+            )

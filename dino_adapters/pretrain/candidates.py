@@ -1,0 +1,126 @@
+"""Start and best result of a run, side by side: kept, looked at, judged, one of them delivered."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from dino_adapters.backbones import build_network, export_backbone
+from dino_adapters.contracts import BackboneInfo, CheckpointError
+from dino_adapters.pretrain.delivery import copy_export, resize_export
+from dino_adapters.pretrain.diagnosis import PREFIX
+from dino_adapters.pretrain.gate import delivered, delivery_sentence, judge, unlabelled
+from dino_adapters.pretrain.labelled import LabelledSet
+from dino_adapters.pretrain.probe import Look, look, sizes_for
+from dino_adapters.pretrain.run import Run
+from dino_adapters.pretrain.sizes import largest_global
+from dino_adapters.recipes.running import GateRecipe
+from dino_adapters.runtime.files import write_json
+from dino_adapters.runtime.runfolder import RunFolder
+
+LOGGER = logging.getLogger(__name__)
+CANDIDATES, START, CONTINUED = "candidates", "start", "continued"
+START_LOOK, GATE = "start.json", "gate.json"
+
+
+class Candidates:
+    """The two networks that a run may deliver; only the first process asks.
+
+    Args:
+        run: the run.
+        folder: where it lives.
+        info: card of the network that is watched, as it was at the start.
+    """
+
+    def __init__(self, run: Run, folder: RunFolder, info: BackboneInfo) -> None:
+        self.run, self.folder, self.info = run, folder, info
+        self.labelled: LabelledSet | None = run.labelled
+        self.crop_size = largest_global(run.recipe)
+        self.sizes = sizes_for(info, self.crop_size, run.feed.side)
+        self.path = folder.path / CANDIDATES
+        self.start, self.continued = self.path / START, self.path / CONTINUED
+
+    def check(self) -> None:
+        """Refuses a gate that a run did not begin with.
+
+        Raises:
+            CheckpointError: the start was not kept.
+        """
+        begun = self.run.progress.step > 0
+        if self.run.recipe.gate is not None and begun and not self.start.is_dir():
+            raise CheckpointError(
+                f"{self.folder.path} began without a gate, so its start was not kept and nothing "
+                "can be held against it. Go on without gate, or start anew with it."
+            )
+
+    def keep_start(self, backbone: nn.Module) -> None:
+        """Exports the network that the run starts from, as it came, with its own card."""
+        export_backbone(backbone, self.info, self.start, overwrite=True)
+
+    def look(self, backbone: nn.Module, done: int) -> tuple[Look, dict[str, Any]]:
+        """What the labelled images say after so many steps, and the numbers to note."""
+        assert self.labelled is not None
+        first = self.first_look()
+        # All sizes at the start and for the verdict; on the way the crops' and the start's best.
+        sizes = self.sizes if first is None else sorted({first.size, self.crop_size})
+        seen = look(backbone, self.info, self.labelled, sizes)
+        row: dict[str, Any] = {"knn": seen.knn, "linear": seen.linear}
+        row |= {"selection": seen.selection, "size": seen.size}
+        if done == 0:
+            write_json(self.path / START_LOOK, seen.as_json())
+        elif first is not None:
+            verdict = judge(first, seen, self.labelled)
+            gains = {"gain": verdict.difference, "gain_low": verdict.low}
+            gains |= {"gain_high": verdict.high}
+            row |= {name: gain for name, gain in gains.items() if gain is not None}
+        shown = ", ".join(f"{name} {100 * row[name]:.1f} %" for name in ("knn", "linear"))
+        LOGGER.info("step %d: %s on labelled images", done, shown)
+        return seen, {f"{PREFIX}{name}": value for name, value in row.items()}
+
+    def first_look(self) -> Look | None:
+        """The look at the start; once more, where labels came or changed since."""
+        path = self.path / START_LOOK
+        if self.labelled is None or self.run.progress.step == 0:
+            return None
+        if path.exists():
+            found = Look.from_json(json.loads(path.read_text(encoding="utf-8")))
+            if found.labelled == self.labelled.digest:
+                return found
+        if not self.start.is_dir():
+            return None
+        LOGGER.info("the labelled images are new: the start is looked at again")
+        found = self._look_at(START, self.labelled)
+        write_json(path, found.as_json())
+        return found
+
+    def judge(self, gate: GateRecipe) -> None:
+        """The verdict on the best look, written down, and the export that follows from it."""
+        first, verdict = self.first_look(), unlabelled(self.run.notices)
+        if self.labelled is not None and first is not None:
+            last = self._look_at(CONTINUED, self.labelled)
+            verdict = judge(first, last, self.labelled)
+            resize_export(self.continued, last.size)
+        choice = delivered(verdict, gate)
+        sentence = f"{verdict.sentence} {delivery_sentence(verdict, gate)}"
+        found = verdict.as_json() | {"exported": choice, "sentence": sentence}
+        write_json(self.folder.path / GATE, found)
+        copy_export(self.path / choice, self.folder.export)
+        LOGGER.info("%s", sentence)
+
+    def _look_at(self, candidate: str, labelled: LabelledSet) -> Look:
+        network, info = build_network(self.path / candidate)
+        return look(network.to(self.run.learner.device), info, labelled, self.sizes)
+
+
+def is_look(row: Mapping[str, Any]) -> bool:
+    """Whether a row of `metrics.jsonl` is a look, and not a step."""
+    return any(key.startswith(PREFIX) for key in row)
+
+
+def is_before(row: Mapping[str, Any], done: int) -> bool:
+    """Whether a row was noted when so many steps were done, a look after the last included."""
+    return int(row.get("step", -1)) < done + is_look(row)
