@@ -203,10 +203,10 @@ def pretrain(
         quiet=quiet or json,
     )
     if leads:
-        show_pretrained(folder, exported, json=json)
+        show_pretrained(folder, exported, json=json, quiet=quiet)
 
 
-def show_pretrained(folder: RunFolder, exported: Path, *, json: bool) -> None:
+def show_pretrained(folder: RunFolder, exported: Path, *, json: bool, quiet: bool) -> None:
     """Where the result is, what the gate said, and what to do with it."""
     rows = [folder, *folder.phases.values()][-1].rows_with("loss")
     gate = folder.path / "gate.json"
@@ -217,7 +217,8 @@ def show_pretrained(folder: RunFolder, exported: Path, *, json: bool) -> None:
         return
     exports = sorted(card.parent for card in exported.rglob("card.json"))
     screen.say(
-        *([verdict["sentence"]] if verdict else []),
+        # Among the messages already, unless these are off.
+        *([verdict["sentence"]] if verdict and quiet else []),
         *(f"A frozen backbone is in {path}." for path in exports),
         f"Next: dino-adapters report {folder.path}",
         f"      dino-adapters embed {exports[0]} DATA --out {folder.path / 'features'}",

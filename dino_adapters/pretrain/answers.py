@@ -7,6 +7,7 @@ vectors themselves.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from dino_adapters.runtime.console import Notices
 
 NEIGHBOURS, TEMPERATURE = 10, 0.07
 STRENGTHS = (0.01, 0.1, 1.0)
+USUAL = 0.1
+"""The one of them that sizes and looks are compared by: all three would take thrice the time."""
 FOLDS = 3
 MOST_ITERATIONS = 1000
 
@@ -105,7 +108,7 @@ def linear_selection(
         notices: Counts fits that did not converge.
     """
     z, _ = _standardised(bank, bank[:0])
-    return max(_cross_validated(z, labels, groups, notices).values())
+    return _cross_validated(z, labels, groups, notices, (USUAL,))[USUAL]
 
 
 def mean_recall(right: np.ndarray, labels: np.ndarray) -> float:
@@ -126,12 +129,16 @@ def _standardised(bank: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _cross_validated(
-    z: np.ndarray, labels: np.ndarray, groups: np.ndarray, notices: Notices
+    z: np.ndarray,
+    labels: np.ndarray,
+    groups: np.ndarray,
+    notices: Notices,
+    strengths: Sequence[float] = STRENGTHS,
 ) -> dict[float, float]:
     """Balanced accuracy of each strength, every image judged by the fold it was held out of."""
     folds = _folds(labels, groups)
     scores = {}
-    for strength in STRENGTHS:
+    for strength in strengths:
         found = labels.copy()
         for fold in np.unique(folds):
             out = folds == fold
