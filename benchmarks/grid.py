@@ -45,6 +45,16 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
+def image_parser(description: str) -> argparse.ArgumentParser:
+    """The same, and those of a set of labelled images with a split; the description as it is."""
+    made = parser(description)
+    made.formatter_class = argparse.RawDescriptionHelpFormatter
+    made.add_argument("--data", required=True, help="folder, pattern or CSV of the images")
+    made.add_argument("--labels", help="CSV, or `folder`; not needed for a CSV with labels")
+    made.add_argument("--split", type=Path, required=True, help="JSON or CSV with its parts")
+    return made
+
+
 def collect(
     job: Callable[..., list[Row]],
     tasks: Mapping[str, tuple[Any, ...]],

@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from grid import FEW_IMAGES, Row, collect, knn, markdown, mean_cell, paired_cell, parser, values
+from grid import (
+    FEW_IMAGES,
+    Row,
+    collect,
+    image_parser,
+    knn,
+    markdown,
+    mean_cell,
+    paired_cell,
+    values,
+)
 
 from dino_adapters.backbones import load_backbone
 from dino_adapters.data import ImageSource, Split, load_source, read_split
@@ -56,11 +66,7 @@ METRICS = {"knn": "k-NN", "few": "5-shot nearest mean"}
 
 def main(words: Sequence[str] | None = None) -> None:
     """Runs what is not there yet, and prints the table."""
-    reader = parser(__doc__ or "")
-    reader.formatter_class = argparse.RawDescriptionHelpFormatter
-    reader.add_argument("--data", required=True, help="folder, pattern or CSV of the images")
-    reader.add_argument("--labels", help="CSV, or `folder`; not needed for a CSV with labels")
-    reader.add_argument("--split", type=Path, required=True, help="JSON or CSV with train and test")
+    reader = image_parser(__doc__ or "")
     reader.add_argument("--steps", type=int, default=500)
     reader.add_argument("--sizes", type=int, nargs="+", default=[64, 96], help="to read at")
     reader.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))

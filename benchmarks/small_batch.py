@@ -13,15 +13,15 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from grid import FEW_IMAGES, Row, collect, markdown, mean_cell, parser, values
-from methods import read
+from grid import Row, collect, image_parser, markdown, mean_cell, values
+from methods import REFERENCE, read
+from methods import recipe_of as methods_recipe
 
 from dino_adapters.data import load_source, read_split
 from dino_adapters.pretrain import pretrain
-from dino_adapters.recipes.data import DataRecipe
 from dino_adapters.recipes.pretrain import PretrainRecipe
 from dino_adapters.runtime.runfolder import RunFolder
-from dino_adapters.study.plans import SCRATCH, scratch_plan
+from dino_adapters.study.plans import SCRATCH
 
 UNTRAINED = "untrained"
 LARGE = 65_536
@@ -31,11 +31,7 @@ ALIVE = 0.1
 
 def main(words: Sequence[str] | None = None) -> None:
     """Runs what is not there yet, and prints the table."""
-    reader = parser(__doc__ or "")
-    reader.formatter_class = argparse.RawDescriptionHelpFormatter
-    reader.add_argument("--data", required=True, help="folder, pattern or CSV of the images")
-    reader.add_argument("--labels", help="CSV, or `folder`; not needed for a CSV with labels")
-    reader.add_argument("--split", type=Path, required=True, help="JSON or CSV with train and test")
+    reader = image_parser(__doc__ or "")
     reader.add_argument("--steps", type=int, default=300)
     reader.add_argument("--sizes", type=int, nargs="+", default=[64, 96], help="to read at")
     reader.add_argument("--batches", type=int, nargs="+", default=[8, 32, 64])
@@ -55,16 +51,12 @@ def main(words: Sequence[str] | None = None) -> None:
 def recipe_of(
     arguments: argparse.Namespace, batch: int, prototypes: int | str, seed: int
 ) -> PretrainRecipe:
-    """The recipe of one run: crops of 48 and 24 px of images of 128 px, the training part."""
-    data = DataRecipe(source=arguments.data, labels=arguments.labels, image_size=128, workers=1)
-    plan = scratch_plan(data, arguments.split, side=128, steps=arguments.steps, seed=seed)
-    return plan.changed(FEW_IMAGES).changed(
+    """The recipe of one run: that of `methods.py`, with another batch and other prototypes."""
+    return methods_recipe(arguments, REFERENCE, seed).changed(
         {
             "optim": {"batch_size": batch},
             "objective": {"prototypes": prototypes},
-            "checkpoint": {"snapshots": 0},
             "monitor": {"every": 0.5, "images": 256},
-            "device": arguments.device,
         }
     )
 

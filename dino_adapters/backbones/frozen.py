@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,20 @@ from torch import Tensor, nn
 
 from dino_adapters.backbones.patch import check_images
 from dino_adapters.contracts import BackboneInfo, Features, ShapeError, UnitsError
+
+
+@contextmanager
+def at_rest(network: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients for a while; then each module has its own mode back."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        # Not inference_mode: what a network caches in it could not be used in training.
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class FrozenBackbone:

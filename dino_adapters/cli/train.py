@@ -208,8 +208,10 @@ def pretrain(
 
 def show_pretrained(folder: RunFolder, exported: Path, *, json: bool, quiet: bool) -> None:
     """Where the result is, what the gate said, and what to do with it."""
+    from dino_adapters.pretrain.gate import GATE
+
     rows = [folder, *folder.phases.values()][-1].rows_with("loss")
-    gate = folder.path / "gate.json"
+    gate = folder.path / GATE
     verdict = read_json(gate.read_text(encoding="utf-8")) if gate.exists() else None
     if json:
         found = {"run": str(folder.path), "export": str(exported)}

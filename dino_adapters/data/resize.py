@@ -13,6 +13,11 @@ from dino_adapters.contracts import ShapeError
 Fit = Literal["crop", "squash"]
 
 
+def unit_range(image: Tensor) -> Tensor:
+    """float32 in 0..1 of uint8, or of floats that are there already; any shape."""
+    return image.float() / 255 if image.dtype == torch.uint8 else image.float()
+
+
 def shorter_side(image: Tensor, size: int) -> Tensor:
     """Scales an image so that its shorter side has `size` pixels; the aspect ratio stays.
 

@@ -7,12 +7,12 @@ vectors themselves.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dino_adapters.contracts import DataError
 from dino_adapters.features.neighbours import CHUNK_CELLS, STEPS, nearest
 from dino_adapters.features.pool import unit_rows
 from dino_adapters.measure.metrics import balanced_accuracy
@@ -44,20 +44,35 @@ def knn(bank: np.ndarray, labels: np.ndarray, x: np.ndarray) -> np.ndarray:
     return names[_vote(values.double(), indices, codes)]
 
 
-def selection_score(x: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> float:
-    """Balanced accuracy of k-NN among labelled vectors, the own group of each left out.
+def findable(labels: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Which images can be asked for with their own group left out: bool `(n,)`.
 
-    Classes of a single group have nothing to be found by and are not asked for.
-
-    Args:
-        x: Vectors `(n, D)`, finite.
-        labels: Classes `(n,)`.
-        groups: Groups `(n,)`.
+    Classes of a single group have nothing to be found by.
 
     Raises:
         DataError: no class has two groups.
     """
     names, codes = np.unique(labels, return_inverse=True)
+    _, group = np.unique(groups, return_inverse=True)
+    pairs = np.unique(np.stack([codes, group]), axis=1)
+    found = np.bincount(pairs[0], minlength=len(names))[codes] > 1
+    if not found.any():
+        raise DataError(
+            "No class has images of two groups, so nothing can be chosen by them. Label images of "
+            "more groups."
+        )
+    return found
+
+
+def held_out_knn(x: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Which labelled vectors k-NN among the others names rightly, own groups left out: bool `(n,)`.
+
+    Args:
+        x: Vectors `(n, D)`, finite.
+        labels: Classes `(n,)`.
+        groups: Groups `(n,)`.
+    """
+    _, codes = np.unique(labels, return_inverse=True)
     _, group = np.unique(groups, return_inverse=True)
     unit = torch.from_numpy(unit_rows(x.astype(np.float64)))
     found = []
@@ -69,9 +84,22 @@ def selection_score(x: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> fl
         similar[torch.from_numpy(group[part, None] == group)] = -torch.inf
         values, indices = similar.sort(dim=1, descending=True, stable=True)
         found.append(_vote(values[:, :NEIGHBOURS], indices[:, :NEIGHBOURS], codes))
-    pairs = np.unique(np.stack([codes, group]), axis=1)
-    asked = np.bincount(pairs[0], minlength=len(names))[codes] > 1
-    return balanced_accuracy(names[codes[asked]], names[np.concatenate(found)[asked]])
+    return np.concatenate(found) == codes
+
+
+def held_out_linear(
+    x: np.ndarray, labels: np.ndarray, groups: np.ndarray, notices: Notices
+) -> np.ndarray:
+    """The same by the linear probe, a third of the groups left out in turn: bool `(n,)`.
+
+    Args:
+        x: Vectors `(n, D)`, finite.
+        labels: Classes `(n,)`.
+        groups: Groups `(n,)`.
+        notices: Counts fits that did not converge.
+    """
+    z, _ = _standardised(x, x[:0])
+    return _cross_validated(z, labels, groups, notices, USUAL) == labels
 
 
 def linear_probe(
@@ -91,24 +119,12 @@ def linear_probe(
         notices: Counts fits that did not converge.
     """
     z, asked = _standardised(bank, x)
-    scores = _cross_validated(z, labels, groups, notices)
+    scores = {
+        strength: balanced_accuracy(labels, _cross_validated(z, labels, groups, notices, strength))
+        for strength in STRENGTHS
+    }
     strength = max(scores, key=lambda one: (scores[one], -one))
     return _fit(z, labels, asked, strength, notices), strength
-
-
-def linear_selection(
-    bank: np.ndarray, labels: np.ndarray, groups: np.ndarray, notices: Notices
-) -> float:
-    """Balanced accuracy of the linear probe among labelled vectors, a third of the groups left out.
-
-    Args:
-        bank: Vectors `(n, D)`, finite.
-        labels: Their classes `(n,)`.
-        groups: Their groups `(n,)`.
-        notices: Counts fits that did not converge.
-    """
-    z, _ = _standardised(bank, bank[:0])
-    return _cross_validated(z, labels, groups, notices, (USUAL,))[USUAL]
 
 
 def mean_recall(right: np.ndarray, labels: np.ndarray) -> float:
@@ -129,22 +145,14 @@ def _standardised(bank: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _cross_validated(
-    z: np.ndarray,
-    labels: np.ndarray,
-    groups: np.ndarray,
-    notices: Notices,
-    strengths: Sequence[float] = STRENGTHS,
-) -> dict[float, float]:
-    """Balanced accuracy of each strength, every image judged by the fold it was held out of."""
-    folds = _folds(labels, groups)
-    scores = {}
-    for strength in strengths:
-        found = labels.copy()
-        for fold in np.unique(folds):
-            out = folds == fold
-            found[out] = _fit(z[~out], labels[~out], z[out], strength, notices)
-        scores[strength] = balanced_accuracy(labels, found)
-    return scores
+    z: np.ndarray, labels: np.ndarray, groups: np.ndarray, notices: Notices, strength: float
+) -> np.ndarray:
+    """Classes `(n,)`, every image named by the fold that it was held out of."""
+    folds, found = _folds(labels, groups), labels.copy()
+    for fold in np.unique(folds):
+        out = folds == fold
+        found[out] = _fit(z[~out], labels[~out], z[out], strength, notices)
+    return found
 
 
 def _folds(labels: np.ndarray, groups: np.ndarray) -> np.ndarray:

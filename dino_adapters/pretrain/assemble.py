@@ -19,7 +19,6 @@ from dino_adapters.data.metadata import Metadata, entangled, read_metadata
 from dino_adapters.pretrain.announce import announce, say
 from dino_adapters.pretrain.augment import MultiCrop
 from dino_adapters.pretrain.build import make_learner, stem_parameters
-from dino_adapters.pretrain.candidates import is_before
 from dino_adapters.pretrain.checkpoint import Progress, meta_of, newest_good
 from dino_adapters.pretrain.feed import Feed
 from dino_adapters.pretrain.guides import columns_of
@@ -32,6 +31,7 @@ from dino_adapters.pretrain.parallel import divide, shard_networks
 from dino_adapters.pretrain.ranks import ALONE, ProcessGroup
 from dino_adapters.pretrain.resolve import resolve
 from dino_adapters.pretrain.resume import check_same_inputs, check_same_run, describe_inputs
+from dino_adapters.pretrain.rows import is_before
 from dino_adapters.pretrain.run import Known, Run
 from dino_adapters.pretrain.tensorboard import check_installed
 from dino_adapters.pretrain.together import together

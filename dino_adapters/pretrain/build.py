@@ -193,7 +193,7 @@ def refuse_for_distillation(recipe: PretrainRecipe) -> None:
         if value is not None:
             raise RecipeError(
                 f"{name} is given, and a distillation trains its students whole from their own "
-                "start. Leave it out, or turn it off in that phase."
+                "start. Leave it out; lora=None and anchor=None turn these off in a phase."
             )
 
 

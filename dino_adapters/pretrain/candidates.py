@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -12,10 +12,19 @@ from torch import nn
 from dino_adapters.backbones import build_network, export_backbone
 from dino_adapters.contracts import BackboneInfo, CheckpointError
 from dino_adapters.pretrain.delivery import copy_export, resize_export
-from dino_adapters.pretrain.diagnosis import PREFIX
-from dino_adapters.pretrain.gate import delivered, delivery_sentence, judge, unlabelled
+from dino_adapters.pretrain.gate import (
+    CANDIDATES,
+    GATE,
+    Choice,
+    delivered,
+    delivery_sentence,
+    judge,
+    strictest,
+    unlabelled,
+)
 from dino_adapters.pretrain.labelled import LabelledSet
 from dino_adapters.pretrain.probe import Look, look, sizes_for
+from dino_adapters.pretrain.rows import PREFIX
 from dino_adapters.pretrain.run import Run
 from dino_adapters.pretrain.sizes import largest_global
 from dino_adapters.recipes.running import GateRecipe
@@ -23,8 +32,9 @@ from dino_adapters.runtime.files import write_json
 from dino_adapters.runtime.runfolder import RunFolder
 
 LOGGER = logging.getLogger(__name__)
-CANDIDATES, START, CONTINUED = "candidates", "start", "continued"
-START_LOOK, GATE = "start.json", "gate.json"
+START: Choice = "start"
+CONTINUED: Choice = "continued"
+START_LOOK = "start.json"
 
 
 class Candidates:
@@ -93,7 +103,7 @@ class Candidates:
         if not self.start.is_dir():
             return None
         LOGGER.info("the labelled images are new: the start is looked at again")
-        found = self._look_at(START, self.labelled)
+        found = self._look_at(START, self.labelled, self.sizes)
         write_json(path, found.as_json())
         return found
 
@@ -101,8 +111,11 @@ class Candidates:
         """The verdict on the best look, written down, and the export that follows from it."""
         first, verdict = self.first_look(), unlabelled(self.run.notices)
         if self.labelled is not None and first is not None:
-            last = self._look_at(CONTINUED, self.labelled)
+            last = self._look_at(CONTINUED, self.labelled, self.sizes)
             verdict = judge(first, last, self.labelled)
+            if last.size != first.size:
+                rival = self._look_at(START, self.labelled, (last.size,))
+                verdict = strictest([verdict, judge(rival, last, self.labelled)])
             resize_export(self.continued, last.size)
         choice = delivered(verdict, gate)
         sentence = f"{verdict.sentence} {delivery_sentence(verdict, gate)}"
@@ -111,16 +124,6 @@ class Candidates:
         copy_export(self.path / choice, self.folder.export)
         LOGGER.info("%s", sentence)
 
-    def _look_at(self, candidate: str, labelled: LabelledSet) -> Look:
+    def _look_at(self, candidate: str, labelled: LabelledSet, sizes: Sequence[int]) -> Look:
         network, info = build_network(self.path / candidate)
-        return look(network.to(self.run.learner.device), info, labelled, self.sizes)
-
-
-def is_look(row: Mapping[str, Any]) -> bool:
-    """Whether a row of `metrics.jsonl` is a look, and not a step."""
-    return any(key.startswith(PREFIX) for key in row)
-
-
-def is_before(row: Mapping[str, Any], done: int) -> bool:
-    """Whether a row was noted when so many steps were done, a look after the last included."""
-    return int(row.get("step", -1)) < done + is_look(row)
+        return look(network.to(self.run.learner.device), info, labelled, sizes)

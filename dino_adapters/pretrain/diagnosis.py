@@ -13,9 +13,8 @@ from typing import Literal
 
 from dino_adapters.pretrain.health import dead_level
 from dino_adapters.pretrain.resolve import prototypes_for
+from dino_adapters.pretrain.rows import PREFIX
 
-PREFIX = "watch/"
-"""Of a look's keys in `metrics.jsonl`."""
 PROBES = {"knn": "k-NN", "linear": "linear probe"}
 Kind = Literal["collapse", "dead", "drop", "drift", "loose"]
 
@@ -111,7 +110,7 @@ class History:
     @property
     def settled(self) -> Sequence[Mapping[str, float]]:
         """The last third of the steps that moved the backbone; none within the first pass."""
-        done = [row for row in self.steps if "images" in row]  # a skipped step saw none
+        done = [row for row in self.steps if "images" in row]
         free = [row for row in done if row["step"] >= self.frozen_until]
         if not free or free[-1]["images"] - free[0]["images"] < self.images:
             return []

@@ -25,6 +25,7 @@ from dino_adapters.pretrain.objective import (
     Losses,
     Teaching,
     Tensors,
+    class_tokens,
     heads_of,
     learn,
     make_networks,
@@ -134,7 +135,7 @@ class Distillation:
         sizes, found = crop_sizes(part, self.teacher, self.students), {}
         for name, networks in self.students.items():
             with autocast(self.device, self.bf16):
-                found[name] = learn(networks, fitted(part, sizes[name]), hide=False).cls
+                found[name] = class_tokens(networks, fitted(part, sizes[name]), hide=False)
         return found
 
     def after(self, knobs: Knobs) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dino_adapters.contracts import DataError, UnreadableFileError
+from dino_adapters.data.resize import unit_range
 from dino_adapters.pretrain.kin import appearance
 from dino_adapters.runtime.chance import generator, numpy_generator
 from dino_adapters.runtime.console import Notices
@@ -193,7 +194,7 @@ class Feed:
         draws = torch.rand(2, generator=generator(self.seed, "window", step, slot))
         top, left = (int(share * (rest + 1)) for share, rest in zip(draws, spare, strict=True))
         square = image[:, top : top + self.side, left : left + self.side]
-        return square.float() / 255 if square.dtype == torch.uint8 else square.float()
+        return unit_range(square)
 
 
 def batch_of(places: Sequence[Place]) -> Batch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -23,8 +23,10 @@ LEAST_GROUPS = 10
 LEVEL = 0.95
 RESAMPLES = 4000
 NAMES = {"start": "the network that the run started from", "continued": "the continued network"}
-CANDIDATES = {"start": "candidates/start", "continued": "candidates/continued"}
-"""Folders of a run that hold both networks, whichever is exported."""
+CANDIDATES = "candidates"
+"""Folder of a run that holds both networks, each by the name of its choice."""
+GATE = "gate.json"
+"""The verdict, in the folder of the run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,7 @@ class Verdict:
         linear: The same of the linear probe.
         queries: Images it was read from.
         groups: Groups that they make.
+        sizes: Sides in pixels that the start and the network now were read at; None without labels.
         sentence: All of this in words.
     """
 
@@ -53,24 +56,40 @@ class Verdict:
     linear: tuple[float, float] | None
     queries: int
     groups: int
+    sizes: tuple[int, int] | None
     sentence: str
 
     def as_json(self) -> dict[str, Any]:
         """JSON-safe."""
         told = asdict(self)
-        for name in ("knn", "linear"):
+        for name in ("knn", "linear", "sizes"):
             told[name] = None if told[name] is None else list(told[name])
         return told
 
 
-def judge(start: Look, now: Look, labelled: LabelledSet, *, seed: int = 0) -> Verdict:
-    """Compares two looks at the same images, whatever sizes suited either network.
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """Two networks on the same images: balanced accuracies and their difference.
 
-    Groups of queries are resampled for both networks alike; the two probes are fixed methods and
-    their answers are averaged. Each image weighs as in balanced accuracy, and keeps that weight:
-    averaging over the classes that a resample holds would make the interval a quarter too short
-    where a class is a group. The interval is widened for few groups as Hesterberg advises (2015,
-    The American Statistician 69(4), section 4.3: the expanded percentile interval).
+    Attributes:
+        probes: Those of k-NN and of the linear probe, start and now.
+        difference: Now less start, both probes averaged.
+        low: Lower end of its 95 % interval; None with too few groups.
+        high: Upper end.
+        queries: Images that both were asked.
+        groups: Groups that they make.
+    """
+
+    probes: tuple[tuple[float, float], tuple[float, float]]
+    difference: float
+    low: float | None
+    high: float | None
+    queries: int
+    groups: int
+
+
+def judge(start: Look, now: Look, labelled: LabelledSet, *, seed: int = 0) -> Verdict:
+    """Compares what two looks answered, at whatever size each was read.
 
     Args:
         start: The network that the run started from.
@@ -81,36 +100,49 @@ def judge(start: Look, now: Look, labelled: LabelledSet, *, seed: int = 0) -> Ve
     Raises:
         DataError: a look is of other images.
     """
-    if {start.labelled, now.labelled} != {labelled.digest}:
-        raise DataError(
-            "Two looks at different labelled images cannot be compared. Look at both networks with "
-            "the set that the run has now."
-        )
+    _check_same_images(start, now, labelled)
     both = start.answered & now.answered
     keys = [key for key, there in zip(labelled.queries, both, strict=True) if there]
-    labels, groups = labelled.labels_of(keys), labelled.groups_of(keys)
-    before, after = start.answers[:, both], now.answers[:, both]
-    probes = [
-        (mean_recall(a, labels), mean_recall(b, labels)) for a, b in zip(before, after, strict=True)
-    ]
-    units = len(units_of(groups)[0])
-    difference = float(np.mean([b - a for a, b in probes]))
-    low = high = None
-    if units >= LEAST_GROUPS:
-        weights = _weights(labels)
-        _, low, high = paired_bootstrap(
-            after * weights,
-            before * weights,
-            groups,
-            over_draws=False,
-            seed=seed,
-            resamples=RESAMPLES,
-            level=_expanded(units),
-        )
-    kind = "unknown" if low is None or high is None else _kind(low, high)
-    sentence = _sentence(kind, difference, low, high, len(keys), units, seen=labelled.seen)
-    knn, linear = probes
-    return Verdict(kind, difference, low, high, knn, linear, len(keys), units, sentence)
+    found = _paired(start.answers[:, both], now.answers[:, both], keys, labelled, seed)
+    knn, linear = found.probes
+    kind = "unknown" if found.low is None or found.high is None else _kind(found.low, found.high)
+    verdict = Verdict(
+        kind=kind,
+        difference=found.difference,
+        low=found.low,
+        high=found.high,
+        knn=knn,
+        linear=linear,
+        queries=found.queries,
+        groups=found.groups,
+        sizes=(start.size, now.size),
+        sentence="",
+    )
+    return replace(verdict, sentence=_sentence(verdict, seen=labelled.seen))
+
+
+def change_of_selection(start: Look, now: Look, labelled: LabelledSet, *, seed: int = 0) -> Paired:
+    """The same comparison on the gallery, which looks are chosen by: what may decide on the way.
+
+    Raises:
+        DataError: a look is of other images.
+    """
+    _check_same_images(start, now, labelled)
+    both = start.asked & now.asked
+    keys = [key for key, there in zip(labelled.gallery, both, strict=True) if there]
+    return _paired(start.held_out[:, both], now.held_out[:, both], keys, labelled, seed)
+
+
+def strictest(verdicts: Sequence[Verdict]) -> Verdict:
+    """The one with the least gain, of comparisons with the start at several sizes.
+
+    Which size suits a network best is itself a guess from labelled images. Where the guesses for
+    start and result differ, the change of size alone can look like a gain of some points.
+
+    Args:
+        verdicts: with a difference, at least one.
+    """
+    return min(verdicts, key=lambda one: one.difference or 0.0)
 
 
 def unlabelled(notices: Notices | None = None) -> Verdict:
@@ -125,7 +157,7 @@ def unlabelled(notices: Notices | None = None) -> Verdict:
         f"{reason}, so nothing shows whether this is better than the start. Name labels, or more "
         "of them, with monitor.labels, and their images with monitor.source where they are others."
     )
-    return Verdict("unknown", None, None, None, None, None, 0, 0, sentence)
+    return Verdict("unknown", None, None, None, None, None, 0, 0, None, sentence)
 
 
 def delivered(verdict: Verdict, gate: GateRecipe) -> Choice:
@@ -144,17 +176,8 @@ def delivery_sentence(verdict: Verdict, gate: GateRecipe) -> str:
     shown = verdict.kind in ("better", "worse")
     why = "" if shown else f", as gate.unshown={gate.unshown} asks for where no difference is shown"
     return (
-        f"Exported is {NAMES[chosen]}{why}. {NAMES[other].capitalize()} is in {CANDIDATES[other]}."
+        f"Exported is {NAMES[chosen]}{why}. {NAMES[other].capitalize()} is in {CANDIDATES}/{other}."
     )
-
-
-def best_of(looks: Sequence[Look]) -> int:
-    """Index of the look with the best score on the gallery; the earliest of equal ones.
-
-    Raises:
-        DataError: there is no look.
-    """
-    return _best([look.selection for look in looks])
 
 
 def early_stop(scores: Sequence[float], patience: int) -> bool:
@@ -164,13 +187,49 @@ def early_stop(scores: Sequence[float], patience: int) -> bool:
         scores: `Look.selection` of all looks so far, that before the first step included.
         patience: Looks; 0 never stops.
     """
-    return patience > 0 and len(scores) > 0 and len(scores) - 1 - _best(scores) >= patience
+    if not patience or not scores:
+        return False
+    best = max(range(len(scores)), key=lambda index: (scores[index], -index))
+    return len(scores) - 1 - best >= patience
 
 
-def _best(scores: Sequence[float]) -> int:
-    if not scores:
-        raise DataError("There is no look to choose from. Take one first, with monitor.every.")
-    return max(range(len(scores)), key=lambda index: (scores[index], -index))
+def _check_same_images(start: Look, now: Look, labelled: LabelledSet) -> None:
+    if {start.labelled, now.labelled} != {labelled.digest}:
+        raise DataError(
+            "Two looks at different labelled images cannot be compared. Look at both networks with "
+            "the set that the run has now."
+        )
+
+
+def _paired(
+    before: np.ndarray, after: np.ndarray, keys: Sequence[str], labelled: LabelledSet, seed: int
+) -> Paired:
+    """Compares answers `(2, n)`, right or wrong, about the same images.
+
+    Groups of images are resampled for both networks alike; the two probes are fixed methods and
+    their answers are averaged. Each image weighs as in balanced accuracy, and keeps that weight:
+    averaging over the classes that a resample holds would make the interval a quarter too short
+    where a class is a group. The interval is widened for few groups as Hesterberg advises (2015,
+    The American Statistician 69(4), section 4.3: the expanded percentile interval).
+    """
+    labels, groups = labelled.labels_of(keys), labelled.groups_of(keys)
+    knn, linear = (
+        (mean_recall(a, labels), mean_recall(b, labels)) for a, b in zip(before, after, strict=True)
+    )
+    difference = (knn[1] - knn[0] + linear[1] - linear[0]) / 2
+    units, low, high = len(units_of(groups)[0]), None, None
+    if units >= LEAST_GROUPS:
+        weights = _weights(labels)
+        _, low, high = paired_bootstrap(
+            after * weights,
+            before * weights,
+            groups,
+            over_draws=False,
+            seed=seed,
+            resamples=RESAMPLES,
+            level=_expanded(units),
+        )
+    return Paired((knn, linear), difference, low, high, len(keys), units)
 
 
 def _weights(labels: np.ndarray) -> np.ndarray:
@@ -191,30 +250,27 @@ def _kind(low: float, high: float) -> Literal["better", "same", "worse"]:
     return "worse" if high < 0 else "same"
 
 
-def _sentence(
-    kind: str,
-    difference: float,
-    low: float | None,
-    high: float | None,
-    queries: int,
-    groups: int,
-    *,
-    seen: bool,
-) -> str:
-    points = f"{100 * difference:+.1f} points"
-    images = f"{queries} images" + (f" in {groups} groups" if groups < queries else "")
+def _sentence(found: Verdict, *, seen: bool) -> str:
+    assert found.difference is not None
+    assert found.sizes is not None
+    points = f"{100 * found.difference:+.1f} points"
+    images = f"{found.queries} images"
+    images += f" in {found.groups} groups" if found.groups < found.queries else ""
     # Training may have seen the images themselves, as it does without a split.
     nothing = "whose labels nothing was chosen by" if seen else "that nothing was chosen on"
-    what = f"k-NN and linear probe averaged, {images} {nothing}"
-    if low is None or high is None:
+    before, now = found.sizes
+    sizes = f"read at {now} px" + (f" and the start at {before} px" if before != now else "")
+    what = f"k-NN and linear probe averaged, {sizes}, {images} {nothing}"
+    if found.low is None or found.high is None:
         return (
-            f"Whether this is better than the start stays open: {points}, and over {groups} groups "
-            f"of images an interval would be too short to trust ({what}). {LEAST_GROUPS} are "
-            "needed: label images of more groups."
+            f"Whether this is better than the start stays open: {points}, and over {found.groups} "
+            f"groups of images an interval would be too short to trust ({what}). {LEAST_GROUPS} "
+            "are needed: label images of more groups."
         )
     said = {
         "better": "Better than the start",
         "worse": "Worse than the start",
         "same": "No difference to the start is shown",
-    }[kind]
-    return f"{said}: {points} (95 % interval {100 * low:+.1f} to {100 * high:+.1f}; {what})."
+    }[found.kind]
+    low, high = 100 * found.low, 100 * found.high
+    return f"{said}: {points} (95 % interval {low:+.1f} to {high:+.1f}; {what})."

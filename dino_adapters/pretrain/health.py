@@ -6,15 +6,15 @@ teacher, `diagnosis` judges them. Everything is computed in fp32 or float64.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dino_adapters.backbones.frozen import at_rest
 from dino_adapters.contracts import Features, NotFiniteError, ShapeError
 from dino_adapters.features.dense import patch_consistency
 from dino_adapters.pretrain.losses import exact, no_autocast
@@ -186,7 +186,7 @@ def look_at(
         )
     device = next((p.device for p in networks.parameters()), images.device)
     tokens, closeness, agreement = [], [], []
-    with _in_eval(networks):
+    with at_rest(networks):
         for part in images.split(batch):
             plain = part.to(device)
             seen, mirrored = (networks["backbone"](view) for view in (plain, plain.flip(-1)))
@@ -228,18 +228,6 @@ def _assignments(
         "prototypes_used": float(prototype_use(p).chosen),
         "prototypes_duplicated": duplicate_prototypes(cast(Tensor, head.last_layer.weight)),
     }
-
-
-@contextlib.contextmanager
-def _in_eval(networks: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; then every module has its own mode back."""
-    modes = [(module, module.training) for module in networks.modules()]
-    networks.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _check_finite(*tokens: Tensor) -> None:

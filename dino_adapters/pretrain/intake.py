@@ -120,7 +120,7 @@ def look_at(source: ImageSource, keys: Sequence[str], count: int = LOOKS) -> lis
         DataError: none of them can be read.
     """
     looks, reason = [], ""
-    for key in keys[:: max(1, len(keys) // count)][:count]:
+    for key in evenly(keys, count):
         try:
             sample = source.read(key)
         except UnreadableFileError as error:
@@ -131,6 +131,12 @@ def look_at(source: ImageSource, keys: Sequence[str], count: int = LOOKS) -> lis
     if not looks:
         raise DataError(f"None of the images looked at can be read (last: {reason}).")
     return looks
+
+
+def evenly(keys: Sequence[str], count: int) -> list[str]:
+    """At most so many of the keys, from all parts of their list."""
+    count = min(count, len(keys))
+    return [keys[index * len(keys) // count] for index in range(count)]
 
 
 def common_bands(kinds: Sequence[tuple[Band, ...]]) -> tuple[Band, ...]:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dino_adapters.data.resize import unit_range
 from dino_adapters.pretrain.ranks import ALONE, Ranks
 
 CELLS = 16
@@ -26,7 +27,7 @@ def appearance(image: Tensor) -> Tensor:
     Returns:
         float32 `(256,)`; all zero for an empty image.
     """
-    grey = image.float().mean(dim=0, keepdim=True) / (255 if image.dtype == torch.uint8 else 1)
+    grey = unit_range(image).mean(dim=0, keepdim=True)
     cells = F.adaptive_avg_pool2d(grey, CELLS).flatten()
     centred = cells - cells.mean()
     return centred * 0.0 if float(centred.std()) < FLAT else F.normalize(centred, dim=0)

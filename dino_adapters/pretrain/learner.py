@@ -21,6 +21,7 @@ from dino_adapters.pretrain.objective import (
     Losses,
     Teaching,
     Tensors,
+    class_tokens,
     heads_of,
     learn,
     make_networks,
@@ -219,9 +220,9 @@ class SelfDistillation:
 
     @torch.no_grad()
     def class_tokens(self, part: Crops) -> dict[str, Tensor]:
-        """See `Learner.class_tokens`; local crops go along, as they share the draws."""
+        """See `Learner.class_tokens`."""
         with autocast(self.device, self.bf16):
-            return {"": learn(self.student, part, hide=True).cls}
+            return {"": class_tokens(self.student, part, hide=True)}
 
     def after(self, knobs: Knobs) -> None:
         """Moving averages, then the Gram teacher's refresh, if it is due."""

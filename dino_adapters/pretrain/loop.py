@@ -152,7 +152,7 @@ def steps(
         if leaves:
             raise Preempted(
                 f"The job was told to end and saved step {done} of {recipe.steps}; the same "
-                "command with --resume goes on from there."
+                "command goes on from there (pretrain: with --resume)."
             )
         shown(note=f"loss {outcome.losses.total.item():.3f}")
     return True

@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from dino_adapters.contracts import Network
+from dino_adapters.contracts import Features, Network
 from dino_adapters.pretrain.augment import Crops
 from dino_adapters.pretrain.losses import dino_loss, exact, ibot_loss
 from dino_adapters.pretrain.masks import mask_weights
@@ -227,6 +227,29 @@ def teach(
     ]
 
 
+def see(networks: nn.ModuleDict, crops: Crops, *, hide: bool) -> list[Features]:
+    """What a student's backbone makes of the global crops, and of the local ones if there are any.
+
+    Args:
+        networks: with the backbone, in train mode.
+        crops: the views.
+        hide: whether the masked patches are hidden from it.
+    """
+    groups = [crops.global_crops]
+    if crops.local_crops is not None:
+        groups.append(crops.local_crops)
+    hidden = [crops.masks if hide else None, None][: len(groups)]
+    return cast(Network, networks["backbone"]).forward_crops(groups, hidden)
+
+
+def class_tokens(networks: nn.ModuleDict, crops: Crops, *, hide: bool) -> Tensor:
+    """Class tokens `(G, B, D)` of the global crops, as `learn` will see them.
+
+    Local crops go along, as all crops of a step share the network's draws.
+    """
+    return see(networks, crops, hide=hide)[0].cls.unflatten(0, (-1, crops.images))
+
+
 def learn(networks: nn.ModuleDict, crops: Crops, *, hide: bool) -> Learning:
     """The student's view of all crops.
 
@@ -236,11 +259,7 @@ def learn(networks: nn.ModuleDict, crops: Crops, *, hide: bool) -> Learning:
         hide: whether the masked patches are hidden from the student; not in distillation.
     """
     views, images = len(crops.global_crops) // crops.images, crops.images
-    groups = [crops.global_crops]
-    if crops.local_crops is not None:
-        groups.append(crops.local_crops)
-    hidden = [crops.masks if hide else None, None][: len(groups)]
-    features = cast(Network, networks["backbone"]).forward_crops(groups, hidden)
+    features = see(networks, crops, hide=hide)
     logits = networks["dino_head"](torch.cat([f.cls for f in features]))
     count = views * images
     ibot = None

@@ -27,8 +27,8 @@ from dino_adapters.pretrain.assemble import (
     read_guides,
 )
 from dino_adapters.pretrain.build import make_learner
-from dino_adapters.pretrain.candidates import GATE
 from dino_adapters.pretrain.delivery import copy_export, export_averages
+from dino_adapters.pretrain.gate import GATE
 from dino_adapters.pretrain.intake import Intake, count_images
 from dino_adapters.pretrain.learner import Learner
 from dino_adapters.pretrain.loop import held, train
@@ -104,6 +104,8 @@ def pretrain(
             part = folder.phase(index, phase.name)
             if world.told(is_done(plan, part)):
                 LOGGER.info("phase %d, %s: done already", index, phase.name)
+                if accept_changes:
+                    LOGGER.warning("Changed settings do not reach what is done: %s.", phase.name)
             else:
                 LOGGER.info("phase %d of %d: %s", index, len(recipe.phases), phase.name)
                 origin = Origin(phase.start or "fresh", earlier, phased=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dino_adapters.backbones.frozen import at_rest
 from dino_adapters.contracts import BackboneInfo, DataError
+from dino_adapters.data.resize import unit_range
 from dino_adapters.features.pool import vectors
 from dino_adapters.features.store import StoredFeatures
 from dino_adapters.pretrain.answers import (
+    findable,
+    held_out_knn,
+    held_out_linear,
     knn,
     linear_probe,
-    linear_selection,
     mean_recall,
-    selection_score,
 )
 from dino_adapters.pretrain.labelled import LabelledSet
 
@@ -46,6 +48,9 @@ class Look:
         answers: bool `(2, queries)`: whether k-NN and linear probe were right; False where a file
             could not be read.
         answered: bool `(queries,)`: whether the file could be read.
+        held_out: bool `(2, gallery)`: whether either was right about an image of the gallery, its
+            own group being left out; `selection` is their balanced accuracy.
+        asked: bool `(gallery,)`: whether it could be asked for.
         knn: Balanced accuracy of k-NN on the queries.
         linear: The same of the linear probe.
         labelled: Digest of the labelled set; looks at other sets cannot be compared.
@@ -57,6 +62,8 @@ class Look:
     strength: float
     answers: np.ndarray
     answered: np.ndarray
+    held_out: np.ndarray
+    asked: np.ndarray
     knn: float
     linear: float
     labelled: str
@@ -70,6 +77,8 @@ class Look:
             "strength": self.strength,
             "answers": [_marks(row) for row in self.answers],
             "answered": _marks(self.answered),
+            "held_out": [_marks(row) for row in self.held_out],
+            "asked": _marks(self.asked),
             "knn": self.knn,
             "linear": self.linear,
             "labelled": self.labelled,
@@ -80,8 +89,10 @@ class Look:
         """The look that `as_json` wrote."""
         told = dict(held)
         told["scores"] = {int(size): score for size, score in held["scores"].items()}
-        told["answers"] = np.stack([_flags(row) for row in held["answers"]])
-        told["answered"] = _flags(held["answered"])
+        for name in ("answers", "held_out"):
+            told[name] = np.stack([_flags(row) for row in held[name]])
+        for name in ("answered", "asked"):
+            told[name] = _flags(held[name])
         return cls(**told)
 
 
@@ -137,16 +148,20 @@ def look(
     """
     gallery = read(network, info, labelled, labelled.gallery, sizes, batch_size=batch_size)
     classes, groups = labelled.labels_of(gallery.keys), labelled.groups_of(gallery.keys)
-    scores = {}
+    can_be_asked = findable(classes, groups)
+    held_out, scores = {}, {}
     for size, x in gallery.vectors.items():
-        finite = bool(np.isfinite(x).all())
-        scores[size] = 0.0
-        if finite:
+        held_out[size] = np.zeros((2, len(x)), dtype=bool)
+        if np.isfinite(x).all():
             # Both probes, as in the verdict: one alone, of some hundred images, picks by chance.
-            linear = linear_selection(x, classes, groups, labelled.notices)
-            scores[size] = (selection_score(x, classes, groups) + linear) / 2
+            held_out[size][0] = held_out_knn(x, classes, groups)
+            held_out[size][1] = held_out_linear(x, classes, groups, labelled.notices)
         else:
             labelled.notices.add("looks with vectors that are not finite, counted as wrong")
+        known = classes[can_be_asked]
+        scores[size] = float(
+            np.mean([mean_recall(row[can_be_asked], known) for row in held_out[size]])
+        )
     size = max(scores, key=lambda one: (scores[one], -one))
     asked = read(network, info, labelled, labelled.queries, (size,), batch_size=batch_size)
     truth, bank, x = labelled.labels_of(asked.keys), gallery.vectors[size], asked.vectors[size]
@@ -159,6 +174,9 @@ def look(
     answered = np.isin(np.array(labelled.queries), np.array(asked.keys))
     answers = np.zeros((2, len(answered)), dtype=bool)
     answers[:, answered] = right
+    there = np.isin(np.array(labelled.gallery), np.array(gallery.keys))
+    asked_for, chosen_by = np.zeros(len(there), dtype=bool), np.zeros((2, len(there)), dtype=bool)
+    asked_for[there], chosen_by[:, there] = can_be_asked, held_out[size]
     knn_score, linear_score = (mean_recall(row, truth) for row in right)
     return Look(
         size=size,
@@ -167,6 +185,8 @@ def look(
         strength=strength,
         answers=answers,
         answered=answered,
+        held_out=chosen_by,
+        asked=asked_for,
         knn=knn_score,
         linear=linear_score,
         labelled=labelled.digest,
@@ -193,11 +213,11 @@ def read(
     mean, std = (torch.tensor(values)[:, None, None] for values in (info.mean, info.std))
     there: list[str] = []
     rows: dict[int, list[np.ndarray]] = {size: [] for size in sizes}
-    with _at_rest(network), ThreadPoolExecutor(max(labelled.workers, 1)) as pool:
+    with at_rest(network), ThreadPoolExecutor(max(labelled.workers, 1)) as pool:
         for batch in _batches(pool, info, labelled, keys, sizes, batch_size):
             there += [key for key, _ in batch]
             for size in sizes:
-                images = torch.stack([_unit_range(squares[size]) for _, squares in batch])
+                images = torch.stack([unit_range(squares[size]) for _, squares in batch])
                 images = ((images - mean) / std).contiguous(memory_format=torch.channels_last)
                 features = network(images.to(device))
                 stored = StoredFeatures(
@@ -242,24 +262,6 @@ def _check_readable(labelled: LabelledSet) -> None:
             f"than data.max_unreadable={labelled.max_unreadable:g} allows. Mend or remove them, or "
             "raise that limit."
         )
-
-
-def _unit_range(square: Tensor) -> Tensor:
-    return square.float() / 255 if square.dtype == torch.uint8 else square
-
-
-@contextmanager
-def _at_rest(network: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; afterwards each module is as it was, frozen BatchNorm, too."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        # Not inference_mode: what a network caches in it could not be used in training.
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _marks(flags: np.ndarray) -> str:

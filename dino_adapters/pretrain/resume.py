@@ -32,8 +32,8 @@ FREE = frozenset(
         "parallel.sharding",
     }
 )
-"""What may change without asking: how images are read, how a step is divided (up to rounding), and
-what is kept. None of it decides the result."""
+"""What may change without asking: how images are read, how a step is divided (up to rounding, and
+to the draws of drop path and rotary positions), and what is kept. None of it decides the result."""
 SHOWN = 6
 PHASE = re.compile(r"^phases\.\d+\.")
 

@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino_adapters.contracts import NotFiniteError, UnreadableFileError
-from dino_adapters.pretrain.candidates import Candidates, is_before, is_look
+from dino_adapters.data.resize import to_square, unit_range
+from dino_adapters.pretrain.candidates import Candidates
 from dino_adapters.pretrain.delivery import copy_export
-from dino_adapters.pretrain.diagnosis import DROP, PREFIX, Finding, diagnose
-from dino_adapters.pretrain.gate import early_stop
+from dino_adapters.pretrain.diagnosis import DROP, Finding, diagnose
+from dino_adapters.pretrain.gate import change_of_selection, early_stop
 from dino_adapters.pretrain.health import look_at
+from dino_adapters.pretrain.intake import evenly
 from dino_adapters.pretrain.optim import Timetable, frozen_steps
 from dino_adapters.pretrain.probe import Look
+from dino_adapters.pretrain.rows import PREFIX, is_before, is_look, steps_of
 from dino_adapters.pretrain.run import Run
 from dino_adapters.pretrain.sizes import largest_global
 from dino_adapters.pretrain.tensorboard import Board
@@ -209,12 +211,13 @@ class Watch:
     def _follows(self, seen: Look | None) -> Event:
         """What the looks so far ask for; the verdict's images have no say in it."""
         findings, told = self.findings(), self.recipe.monitor
-        for finding in findings:
-            if finding.kind not in self.said:
-                self.said.add(finding.kind)
-                LOGGER.warning("%s", finding.sentence)
-        reasons = [finding.sentence for finding in findings if finding.kind == "collapse"]
-        reasons += self._fallen(seen)
+        fallen = self._fallen(seen)
+        said = [(finding.kind, finding.sentence) for finding in findings]
+        for kind, sentence in [*said, *(("fall", sentence) for sentence in fallen)]:
+            if kind not in self.said:
+                self.said.add(kind)
+                LOGGER.warning("%s", sentence)
+        reasons = [sentence for kind, sentence in said if kind == "collapse"] + fallen
         event = self._alarm(reasons[0]) if reasons else Event()
         if event.ends or event.stops or event.goes_back:
             return event
@@ -231,7 +234,10 @@ class Watch:
         done = self.run.progress.step
         if seen is None or first is None or done <= frozen_steps(self.recipe):
             return []
-        if seen.selection >= first.selection - DROP:
+        assert self.candidates.labelled is not None
+        change = change_of_selection(first, seen, self.candidates.labelled)
+        shown = change.high is None or change.high < 0  # a rare class weighs much and says little
+        if change.difference >= -DROP or not shown:
             return []
         return [
             f"Features fell behind the start: {100 * seen.selection:.1f} % of the labelled images "
@@ -243,17 +249,15 @@ class Watch:
         """What the recipe says to do now."""
         told = self.recipe.monitor
         if told.on_collapse == "warn":
-            LOGGER.warning("%s", reason)
             return Event(alarms=True)
         kept = any((self.folder.path / BEST_STATE).glob("step_*"))
         if told.on_collapse == "rollback" and kept:
             if self.run.progress.rollbacks < told.rollbacks:
                 self.said.clear()
-                LOGGER.warning("%s", reason)
                 return Event(goes_back=True, alarms=True)
             LOGGER.warning("The run went back %d times already.", told.rollbacks)
         if self.recipe.gate is not None:
-            LOGGER.warning("%s The run ends here, and is held against its start.", reason)
+            LOGGER.warning("The run ends here, and is held against its start.")
             return Event(ends=True, alarms=True)
         return Event(stops=reason, alarms=True)
 
@@ -270,7 +274,7 @@ class Watch:
         recipe, rows = self.recipe, self.folder.rows()
         return diagnose(
             [row for row in rows if is_look(row)],
-            [row for row in rows if not is_look(row)],
+            steps_of(rows),
             prototypes=recipe.objective.prototypes if recipe.objective.dino_weight else 0,
             rows=recipe.crops.global_count * recipe.optim.batch_size,
             images=len(self.run.feed.keys),
@@ -279,28 +283,17 @@ class Watch:
 
     def _images(self) -> Tensor | None:
         """Squares of some images of the run, evenly spread, as the network reads them."""
-        keys, count = self.run.feed.keys, self.recipe.monitor.images
         size = largest_global(self.recipe)
         squares = []
-        for key in keys[:: max(1, len(keys) // count)][:count]:
+        for key in evenly(self.run.feed.keys, self.recipe.monitor.images):
             try:
                 image = self.run.feed.decode(key)
             except UnreadableFileError:
                 continue  # the feed counts and names it
-            squares.append(square(image, size))
+            squares.append(to_square(unit_range(image), size))
         if len(squares) < 2:
             self.run.notices.add("too few readable images to look at while training")
             return None
         info = self.run.infos[""]
         mean, std = (torch.tensor(told)[:, None, None] for told in (info.mean, info.std))
         return (torch.stack(squares) - mean) / std
-
-
-def square(image: Tensor, size: int) -> Tensor:
-    """The middle of an image `(C, h, w)`, uint8 or 0..1, as `(C, size, size)` in 0..1."""
-    side = min(image.shape[-2:])
-    top, left = ((length - side) // 2 for length in image.shape[-2:])
-    middle = image[:, top : top + side, left : left + side]
-    middle = middle.float() / 255 if middle.dtype == torch.uint8 else middle.float()
-    resized = F.interpolate(middle[None], size=(size, size), mode="bicubic", antialias=True)
-    return resized[0].clamp(0.0, 1.0)

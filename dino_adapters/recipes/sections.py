@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -21,6 +29,14 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _none_is_a_word(cls, value: Any, info: ValidationInfo) -> Any:
+        """`none`, which a command line reads as None, where the word is one of the choices."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        is_choice = get_origin(annotation) is Literal and "none" in get_args(annotation)
+        return "none" if value is None and is_choice else value
 
 
 def _check_ascends(name: str, pair: tuple[float, float]) -> None:

@@ -104,11 +104,12 @@ def loss_curves(
     curves = {name: kept for name, rows in runs.items() if len(kept := _with_loss(rows)) > 1}
     if not curves:
         raise DataError("There are fewer than two rows with a loss, so there is no curve to draw.")
-    terms = [
-        term
-        for term in _TERMS
-        if any(_is_number(row.get(term)) for rows in curves.values() for row in rows)
-    ]
+    there = {
+        term for rows in curves.values() for row in rows for term in row if _is_number(row[term])
+    }
+    terms = {term: title for term, title in _TERMS.items() if term in there}
+    guides = sorted(term for term in there if term.startswith("guide/"))
+    terms |= {term: f"guide, {term.removeprefix('guide/')}" for term in guides}
     columns = min(len(terms), 3)
     lines = -(-len(terms) // columns)
     with _style():
@@ -116,8 +117,8 @@ def loss_curves(
         grid = figure.subplots(lines, columns, squeeze=False)
         for panel in grid.flat[len(terms) :]:
             panel.remove()
-        for panel, term in zip(grid.flat, terms, strict=False):
-            panel.set_title(_TERMS[term])
+        for panel, (term, heading) in zip(grid.flat, terms.items(), strict=False):
+            panel.set_title(heading)
             panel.set_xlabel("images seen")
             for index, (name, rows) in enumerate(curves.items()):
                 x, y = _series(rows, term)

@@ -9,11 +9,12 @@ from typing import Any
 
 from dino_adapters.backbones.card import exports_below
 from dino_adapters.contracts import DataError, Figure, Metric, Report, Table
+from dino_adapters.pretrain.rows import steps_of
 from dino_adapters.runtime.console import duration
 from dino_adapters.runtime.runfolder import RunFolder
 from dino_adapters.study.figures import loss_curves, shot_chart
 from dino_adapters.study.shot_table import FewShotTable
-from dino_adapters.study.watched import by_student, steps_of, verdict, watched
+from dino_adapters.study.watched import by_student, verdict, watched
 
 EVALUATION = "evaluation.json"
 FEWSHOT = "fewshot.json"

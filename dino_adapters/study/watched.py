@@ -10,12 +10,13 @@ from typing import Any
 
 from dino_adapters.backbones.card import CARD, exports_below
 from dino_adapters.contracts import DataError, Figure, Table
-from dino_adapters.pretrain.diagnosis import PREFIX, collapsed, diagnose
+from dino_adapters.pretrain.diagnosis import collapsed, diagnose
+from dino_adapters.pretrain.gate import GATE
 from dino_adapters.pretrain.health import dead_level
+from dino_adapters.pretrain.rows import PREFIX, is_look, steps_of
 from dino_adapters.runtime.runfolder import RunFolder
 from dino_adapters.study.figures import Panel, small_multiples
 
-GATE = "gate.json"
 SHARED = ("watch", "guide")
 """First parts of keys `PART/TERM` that are no student's name."""
 SHOWN = 5
@@ -120,8 +121,8 @@ def watched(
         MissingLibraryError: matplotlib is absent.
     """
     facts = _facts(folder, recipe)
-    steps = by_student(name, [dict(row) for row in rows if not _is_look(row)])
-    shared = [row for row in rows if _is_look(row)]
+    steps = by_student(name, [dict(row) for row in rows if not is_look(row)])
+    shared = [row for row in rows if is_look(row)]
     if len(steps) > 1:  # looks that name no student are shown once, and not with each
         parts: dict[str, Sequence[Mapping[str, Any]]] = {name: shared, **steps}
     else:
@@ -146,13 +147,8 @@ def looks_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [
         {key.removeprefix(PREFIX): value for key, value in row.items()}
         for row in rows
-        if _is_look(row)
+        if is_look(row)
     ]
-
-
-def steps_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of steps that were applied."""
-    return [dict(row) for row in rows if row.get("loss") is not None and not row.get("skipped")]
 
 
 def skipped(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -196,10 +192,6 @@ def by_student(name: str, rows: list[dict[str, Any]]) -> dict[str, list[dict[str
         ]
         for student in students
     }
-
-
-def _is_look(row: Mapping[str, Any]) -> bool:
-    return any(key.startswith(PREFIX) for key in row)
 
 
 def _facts(folder: RunFolder, recipe: Mapping[str, Any]) -> dict[str, int]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dino_adapters.backbones import build_network, export_backbone
 from dino_adapters.contracts import RunFolderError
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -31,7 +32,8 @@ def script(monkeypatch):
 
     yield run
     torch.set_num_threads(threads)
-    sys.modules.pop("grid", None)
+    for name in ("grid", "methods"):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture
@@ -111,3 +113,45 @@ def test_phases(images, script, capsys):
     plain = json.loads((runs / "plain_0/phases/2_refine/recipe.json").read_text())["gram"]
     assert gram["teacher"] == "pretrain@1"
     assert plain is None
+
+
+@pytest.mark.slow
+def test_small_batch(images, script, capsys):
+    words = ["--data", images / "images", "--labels", "folder", "--split", images / "split.json"]
+    words += ["--out", images / "out", "--sizes", 32, "--seeds", 1, "--steps", 2]
+    script("small_batch", *words, "--batches", 2, 4, "--large", 512)
+    *trained, untrained = result(images / "out")
+    assert [row["batch"] for row in trained] == [2, 2, 4, 4]
+    assert [row["k"] for row in trained if row["prototypes"] != "auto"] == [512, 512]
+    # Twelve images cannot fill many prototypes: the entropy of a choice is at most log 12.
+    assert all(row["k"] < 512 for row in trained if row["prototypes"] == "auto")
+    assert all(1 <= row["effective"] <= row["k"] for row in trained)
+    assert "below" not in untrained
+    assert "exp(entropy)" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_gate(images, script, capsys):
+    small = {"embed_dim": 16, "depth": 2, "num_heads": 2}
+    start = export_backbone(*build_network("vitmicro8", architecture=small), images / "start")
+    words = ["--data", images / "images", "--labels", "folder", "--split", images / "split.json"]
+    words += ["--start", start, "--out", images / "out", "--seeds", 1, "--batch", 4]
+    words += ["--set", "steps=2", "crops.global_size=32", "crops.local_size=16"]
+    script("gate", *words)
+    rows = result(images / "out")
+    assert [row["variant"] for row in rows] == ["naive", "ours", "lora", "scratch"]
+    # The start is one network, read once for each: the same figures in every row.
+    assert len({(row["start_knn"], row["start_linear"], row["start_size"]) for row in rows}) == 1
+    for row in rows:
+        assert row["low"] is None or row["low"] <= row["gain"] <= row["high"]
+        kept = row["exported"] == "start"
+        assert row["exported_gain"] == (0.0 if kept else row["gain"])
+    recipes = {
+        name: json.loads((images / f"out/runs/{name}_0/recipe.json").read_text())
+        for name in ("naive", "ours", "lora", "scratch")
+    }
+    assert recipes["naive"]["anchor"] is None
+    assert recipes["ours"]["anchor"]["cls_weight"] == 1.0
+    assert recipes["lora"]["lora"] is not None
+    assert recipes["scratch"]["model"]["architecture"]["embed_dim"] == 16
+    assert "gate said" in capsys.readouterr().out

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dino_adapters.pretrain import checkpoint
+from dino_adapters.pretrain import checkpoint, loop, pretrain
 from dino_adapters.pretrain.flat_state import unflatten
 from dino_adapters.recipes.pretrain import PretrainRecipe
 from dino_adapters.runtime.world import ALONE
@@ -65,3 +65,35 @@ def state_of():
         return unflatten(tensors, checkpoint.meta_of(path).numbers)
 
     return read
+
+
+@pytest.fixture
+def in_front_of(monkeypatch):
+    """Does something in front of a step; without one, puts the loop back as it was."""
+    whole = loop.one_step
+
+    def arrange(step=None, what=lambda: None):
+        def interrupted(run, crops, knobs):
+            if knobs.step == step:
+                what()
+            return whole(run, crops, knobs)
+
+        monkeypatch.setattr(loop, "one_step", whole if step is None else interrupted)
+
+    return arrange
+
+
+@pytest.fixture
+def interrupted(in_front_of):
+    """Runs a training that somebody ends in front of a step."""
+
+    def run(recipe, folder, step):
+        def end():
+            raise KeyboardInterrupt
+
+        in_front_of(step, end)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(recipe, folder, quiet=True)
+        in_front_of()
+
+    return run

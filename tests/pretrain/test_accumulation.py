@@ -45,13 +45,13 @@ def learner(**told):
     return made
 
 
-def whole_batch():
+def whole_batch(images=IMAGES, dtype=torch.float64):
     draws = torch.Generator().manual_seed(2)
     return Crops(
-        torch.randn(2 * IMAGES, 3, 32, 32, generator=draws, dtype=torch.float64),
-        torch.randn(LOCALS * IMAGES, 3, 16, 16, generator=draws, dtype=torch.float64),
-        block_masks(2 * IMAGES, (4, 4), random.Random(0)),
-        IMAGES,
+        torch.randn(2 * images, 3, 32, 32, generator=draws, dtype=dtype),
+        torch.randn(LOCALS * images, 3, 16, 16, generator=draws, dtype=dtype),
+        block_masks(2 * images, (4, 4), random.Random(0)),
+        images,
     )
 
 
@@ -92,6 +92,22 @@ def test_micro_batches_equal_the_large_batch_in_loss_and_gradients(told, micro):
     assert set(found) == set(expected)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-8, atol=1e-11, msg=name)
+
+
+def test_four_times_16_images_equal_64_in_single_precision():
+    made, crops = learner(), whole_batch(64, torch.float32)
+    for networks in (made.student, made.teacher):
+        networks.float()
+    whole = made.losses(crops, KNOBS)
+    whole.total.backward()
+    expected = gradients(made)
+    made.forget()
+    made.student.zero_grad()
+    found = accumulate(made, crops, KNOBS, micro_batch=16)
+    assert found.total.item() == pytest.approx(whole.total.item(), rel=1e-5)
+    for name, gradient in gradients(made).items():
+        apart = (gradient - expected[name]).norm() / expected[name].norm()
+        assert apart < 1e-5, name
 
 
 def test_centres_of_micro_batches_are_those_of_the_large_batch():

@@ -11,7 +11,13 @@ from dino_adapters.contracts import DataError
 from dino_adapters.heads import WeightedKNN
 from dino_adapters.measure.metrics import balanced_accuracy
 from dino_adapters.pretrain import answers
-from dino_adapters.pretrain.answers import knn, linear_probe, mean_recall, selection_score
+from dino_adapters.pretrain.answers import (
+    findable,
+    held_out_knn,
+    knn,
+    linear_probe,
+    mean_recall,
+)
 from dino_adapters.runtime.console import Notices
 
 
@@ -21,6 +27,11 @@ def world(seed, count=60, width=12, classes=3, per_group=4, apart=2.0):
     x = rng.normal(size=(count, width)) + apart * np.eye(classes, width)[codes]
     groups = np.array([f"g{index // per_group}" for index in range(count)])
     return x.astype(np.float32), np.array(list("abcdefgh"))[codes], groups
+
+
+def selection_score(x, labels, groups):
+    asked = findable(labels, groups)
+    return mean_recall(held_out_knn(x, labels, groups)[asked], labels[asked])
 
 
 @settings(deadline=None, derandomize=True, max_examples=20)
@@ -69,8 +80,8 @@ def test_classes_of_one_group_are_not_asked_for_but_may_be_answered():
     assert selection_score(twins, lone, held) < 1.0
     far = np.concatenate([x, np.full((20, 12), -9.0, np.float32)])
     assert selection_score(far, lone, held) == 1.0
-    with pytest.raises(DataError, match="no images"):
-        selection_score(x, labels, labels)  # every class is one group
+    with pytest.raises(DataError, match="No class has images of two groups"):
+        findable(labels, labels)  # every class is one group
 
 
 def test_collapsed_vectors_score_no_better_than_chance():

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from dino_adapters.backbones import load_backbone
 from dino_adapters.contracts import RecipeError
-from dino_adapters.pretrain import loop, pretrain
+from dino_adapters.pretrain import pretrain
 from dino_adapters.pretrain.assemble import assemble
 from dino_adapters.pretrain.loop import one_step
 from dino_adapters.pretrain.optim import Timetable
@@ -124,20 +124,11 @@ def test_adapters_train_alone_and_are_merged_on_export(tiny, tmp_path):
     assert load_backbone(export)(images).cls.isfinite().all()
 
 
-def test_adapters_resume_to_the_bit(tiny, tmp_path, monkeypatch):
+def test_adapters_resume_to_the_bit(tiny, tmp_path, interrupted):
     recipe = tiny(lora={"rank": 2}, schedule={"freeze_backbone": 0.3})
     whole = pretrain(recipe, RunFolder(tmp_path / "a"), quiet=True)
-    step, folder = loop.one_step, RunFolder(tmp_path / "b")
-
-    def killed(run, crops, knobs):
-        if knobs.step == 5:
-            raise KeyboardInterrupt
-        return step(run, crops, knobs)
-
-    monkeypatch.setattr(loop, "one_step", killed)
-    with pytest.raises(KeyboardInterrupt):
-        pretrain(recipe, folder, quiet=True)
-    monkeypatch.undo()
+    folder = RunFolder(tmp_path / "b")
+    interrupted(recipe, folder, step=5)
     again = load_file(pretrain(recipe, folder, resume=True, quiet=True) / "model.safetensors")
     for name, tensor in load_file(whole / "model.safetensors").items():
         assert torch.equal(again[name], tensor), name

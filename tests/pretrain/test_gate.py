@@ -12,14 +12,21 @@ from dino_adapters.contracts import DataError
 from dino_adapters.data import ImageSource
 from dino_adapters.measure.intervals import paired_bootstrap
 from dino_adapters.pretrain import gate
-from dino_adapters.pretrain.answers import knn, linear_probe, mean_recall, selection_score
+from dino_adapters.pretrain.answers import (
+    held_out_knn,
+    held_out_linear,
+    knn,
+    linear_probe,
+    mean_recall,
+)
 from dino_adapters.pretrain.gate import (
     Verdict,
-    best_of,
+    change_of_selection,
     delivered,
     delivery_sentence,
     early_stop,
     judge,
+    strictest,
     unlabelled,
 )
 from dino_adapters.pretrain.labelled import TOO_FEW, LabelledSet, Squares, labelled_set
@@ -48,14 +55,26 @@ def make(labels, groups, seen=False):
     )
 
 
-def look_of(answers, labelled, selection=0.5, answered=None):
-    """A look with these answers `(2, queries)`."""
+def look_of(answers, labelled, held_out=None, answered=None):
+    """A look with these answers `(2, queries)`, and these about the gallery `(2, gallery)`."""
     answers = np.asarray(answers, dtype=bool)
     labels = labelled.labels_of(labelled.queries)
-    first, second = (mean_recall(row, labels) for row in answers)
+    knn, linear = (mean_recall(row, labels) for row in answers)
+    chosen_by = np.zeros((2, 0), dtype=bool) if held_out is None else held_out
     there = np.ones(answers.shape[1], bool) if answered is None else answered
-    digest = labelled.digest
-    return Look(16, selection, {16: selection}, 0.1, answers, there, first, second, digest)
+    return Look(
+        size=16,
+        selection=0.5,
+        scores={16: 0.5},
+        strength=0.1,
+        answers=answers,
+        answered=there,
+        held_out=chosen_by,
+        asked=np.ones(chosen_by.shape[1], dtype=bool),
+        knn=knn,
+        linear=linear,
+        labelled=labelled.digest,
+    )
 
 
 def planted(labelled, apart, seed):
@@ -75,7 +94,9 @@ def planted(labelled, apart, seed):
     truth = labelled.labels_of(labelled.queries)
     said, _ = linear_probe(bank, labels, groups, x, Notices())
     answers = np.stack([knn(bank, labels, x) == truth, said == truth])
-    return look_of(answers, labelled, selection_score(bank, labels, groups))
+    held_out = [held_out_knn(bank, labels, groups)]
+    held_out.append(held_out_linear(bank, labels, groups, Notices()))
+    return look_of(answers, labelled, np.stack(held_out))
 
 
 @pytest.fixture(scope="module")
@@ -212,13 +233,28 @@ def test_sentences():
     points, low, high = (f"{100 * number:+.1f}" for number in numbers if number is not None)
     assert verdict.sentence == (
         f"Better than the start: {points} points (95 % interval {low} to {high}; "
-        "k-NN and linear probe averaged, 60 images in 30 groups that nothing was chosen on)."
+        "k-NN and linear probe averaged, read at 16 px, 60 images in 30 groups that nothing was "
+        "chosen on)."
     )
     assert judge(now, start, images).sentence.startswith("Worse than the start: -")
     assert judge(now, now, images).sentence.startswith("No difference to the start is shown: +0.0")
     alone = make(np.tile(["a", "b"], 30), np.arange(60), seen=True)
     said = judge(look_of(start.answers, alone), look_of(now.answers, alone), alone).sentence
     assert said.endswith("60 images whose labels nothing was chosen by).")
+    larger = judge(replace(start, size=24), now, images).sentence
+    assert "read at 16 px and the start at 24 px, 60 images" in larger
+
+
+def test_a_change_of_size_is_no_gain():
+    """The start, read at the size that suits the result, has as many right: nothing was won."""
+    images = make(np.tile(["a", "b"], 60), np.arange(120))
+    rng = np.random.default_rng(0)
+    own = replace(look_of(rng.random((2, 120)) < 0.5, images), size=24)
+    rival, now = (look_of(rng.random((2, 120)) < 0.8, images) for _ in range(2))
+    assert judge(own, now, images).kind == "better"
+    verdict = strictest([judge(own, now, images), judge(rival, now, images)])
+    assert (verdict.kind, verdict.sizes) == ("same", (16, 16))
+    assert strictest([judge(own, now, images)]).sizes == (24, 16)
 
 
 def test_looks_at_other_images_are_refused():
@@ -232,7 +268,7 @@ def test_verdicts_are_json_safe(images):
     for one in (verdict, unlabelled()):
         held = json.loads(json.dumps(one.as_json(), allow_nan=False))
         told = {**held}
-        for name in ("knn", "linear"):
+        for name in ("knn", "linear", "sizes"):
             told[name] = None if held[name] is None else tuple(held[name])
         assert Verdict(**told) == one
 
@@ -262,15 +298,6 @@ def test_what_is_delivered(kind, expected, unshown):
     assert (f"gate.unshown={unshown}" in said) == (expected is None)
 
 
-def test_the_best_look_is_the_earliest_of_the_best_on_the_gallery():
-    images = make(list("ab" * 20), range(40))
-    scores = [0.4, 0.7, 0.6, 0.7]
-    rows = [look_of(np.full((2, 40), at == 2), images, score) for at, score in enumerate(scores)]
-    assert best_of(rows) == 1  # and not 2, which answers every query
-    with pytest.raises(DataError, match="no look"):
-        best_of([])
-
-
 @pytest.mark.parametrize(
     ("scores", "patience", "stops"),
     [
@@ -285,3 +312,18 @@ def test_the_best_look_is_the_earliest_of_the_best_on_the_gallery():
 )
 def test_early_stop(scores, patience, stops):
     assert early_stop(scores, patience) is stops
+
+
+def test_a_fall_is_one_that_the_gallery_shows(images):
+    """On the way only the gallery decides, by the same paired comparison as the verdict."""
+    good, alike, poor = (planted(images, apart, seed) for apart, seed in [(2, 0), (2, 1), (0.5, 2)])
+    same, fell = (change_of_selection(good, now, images) for now in (alike, poor))
+    assert (same.low or 0) < 0 < (same.high or 0)
+    assert (fell.high or 0) < 0
+    assert fell.queries == len(images.gallery)
+    labels = images.labels_of(images.gallery)
+    expected = [mean_recall(row, labels) for row in poor.held_out]
+    assert [now for _, now in fell.probes] == pytest.approx(expected)
+    # What the queries say has no part in it.
+    silent = replace(poor, answers=np.ones_like(poor.answers))
+    assert change_of_selection(good, silent, images) == fell

@@ -160,34 +160,26 @@ def test_an_edited_recipe_is_refused_with_the_differences_or_accepted(tiny, tmp_
     assert json.loads((folder.path / "recipe_before_1.json").read_text())["steps"] == 4
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(tiny, tmp_path, monkeypatch):
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(tiny, tmp_path, in_front_of):
     whole = weights(pretrain(tiny(), RunFolder(tmp_path / "a"), quiet=True))
-    step, folder = loop.one_step, RunFolder(tmp_path / "b")
-
-    def terminated(run, crops, knobs):
-        if knobs.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(run, crops, knobs)
-
-    monkeypatch.setattr(loop, "one_step", terminated)
+    folder = RunFolder(tmp_path / "b")
+    in_front_of(2, terminate)
     with pytest.raises(Preempted, match="saved step 3 of 6") as told:
         pretrain(tiny(), folder, resume=True, quiet=True)
     assert told.value.exit_code == 75
     assert checkpoint.checkpoints(folder.checkpoints)[-1].name == "step_00000003"
-    monkeypatch.undo()
+    in_front_of()
     again = weights(pretrain(tiny(), folder, resume=True, quiet=True))
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
 
 
-def test_sigterm_in_the_last_step_saves_that_step(tiny, tmp_path, monkeypatch):
-    step, folder = loop.one_step, RunFolder(tmp_path / "b")
-
-    def terminated(run, crops, knobs):
-        if knobs.step == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(run, crops, knobs)
-
-    monkeypatch.setattr(loop, "one_step", terminated)
+def test_sigterm_in_the_last_step_saves_that_step(tiny, tmp_path, in_front_of):
+    folder = RunFolder(tmp_path / "b")
+    in_front_of(5, terminate)
     with pytest.raises(Preempted, match="saved step 6 of 6"):
         pretrain(tiny(), folder, quiet=True)
     assert checkpoint.checkpoints(folder.checkpoints)[-1].name == "step_00000006"
@@ -197,7 +189,7 @@ def test_sigterm_at_the_end_of_a_phase_ends_the_run(tiny, tmp_path, monkeypatch)
     deliver, folder = Watch.deliver, RunFolder(tmp_path / "run")
 
     def terminated(self):
-        os.kill(os.getpid(), signal.SIGTERM)
+        terminate()
         return deliver(self)
 
     recipe = tiny(phases=[{"name": "a"}, {"name": "b"}], steps=2)

@@ -499,6 +499,16 @@ def test_how_states_are_kept_may_change_inside_a_phase(tiny, tmp_path):
         pretrain(recipe(every_steps=4, snapshots=1), folder, resume=True, quiet=True)
 
 
+def test_accepted_changes_do_not_reach_what_is_done_and_that_is_said(tiny, tmp_path, caplog):
+    folder, recipe = RunFolder(tmp_path / "run"), tiny(phases=[FIRST], steps=2)
+    export = pretrain(recipe, folder, quiet=True)
+    before = load_file(export / "model.safetensors")
+    changed = tiny(phases=[FIRST], steps=2, optim={"lr": 0.5})
+    pretrain(changed, folder, resume=True, accept_changes=True, quiet=True)
+    assert "Changed settings do not reach what is done: first." in caplog.text
+    assert same(load_file(export / "model.safetensors"), before)
+
+
 @pytest.mark.parametrize("kind", ["teacher", "distill"])
 def test_centres_of_the_targets_travel_with_the_heads(tiny, tmp_path, kind):
     objective = {"centering": "softmax"}

@@ -34,7 +34,7 @@ class Writer:
 @pytest.fixture
 def writers(monkeypatch):
     stand_in = ModuleType("torch.utils.tensorboard")
-    stand_in.SummaryWriter = Writer  # type: ignore[attr-defined]
+    monkeypatch.setattr(stand_in, "SummaryWriter", Writer, raising=False)
     monkeypatch.setitem(sys.modules, "tensorboard", ModuleType("tensorboard"))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
     monkeypatch.setattr(Writer, "made", [])

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from dino_adapters.backbones import build_network, export_backbone, load_backbone
 from dino_adapters.contracts import CheckpointError, CollapseError, DataError, RecipeError
-from dino_adapters.pretrain import candidates, loop, pretrain, watch
-from dino_adapters.pretrain.candidates import is_before, is_look
+from dino_adapters.data.resize import to_square, unit_range
+from dino_adapters.pretrain import candidates, pretrain, watch
 from dino_adapters.pretrain.diagnosis import Finding
-from dino_adapters.pretrain.watch import square
+from dino_adapters.pretrain.rows import is_before, is_look
 from dino_adapters.runtime.runfolder import RunFolder
 
 CLASSES = ("dark", "light", "stripes")
@@ -78,21 +78,11 @@ def test_looking_changes_nothing(told, tmp_path):
     assert equal(weights(seen), weights(blind))
 
 
-def test_a_resumed_run_keeps_and_repeats_its_looks(told, tmp_path, monkeypatch):
+def test_a_resumed_run_keeps_and_repeats_its_looks(told, tmp_path, interrupted):
     recipe = told(gate={}, checkpoint={"every_steps": 3})
     whole, folder = RunFolder(tmp_path / "a"), RunFolder(tmp_path / "b")
     pretrain(recipe, whole, quiet=True)
-    step = loop.one_step
-
-    def killed(run, crops, knobs):
-        if knobs.step == 4:
-            raise KeyboardInterrupt
-        return step(run, crops, knobs)
-
-    monkeypatch.setattr(loop, "one_step", killed)
-    with pytest.raises(KeyboardInterrupt):
-        pretrain(recipe, folder, quiet=True)
-    monkeypatch.undo()
+    interrupted(recipe, folder, step=4)
     pretrain(recipe, folder, resume=True, quiet=True)
 
     def plain(rows):
@@ -209,7 +199,9 @@ def scores_of(monkeypatch, scores):
 
     def scored(*told):
         found = real(*told)
-        return replace(found, selection=next(given, found.selection))
+        score = next(given, found.selection)
+        right = np.arange(len(found.asked)) * 0.618 % 1 < score  # about as many of each class
+        return replace(found, selection=score, held_out=np.stack([right, right]))
 
     monkeypatch.setattr(candidates, "look", scored)
 
@@ -278,21 +270,11 @@ def candidates_sizes(folder):
     }
 
 
-def test_killed_before_the_first_state_it_begins_again(told, tmp_path, monkeypatch):
+def test_killed_before_the_first_state_it_begins_again(told, tmp_path, interrupted):
     recipe = told(gate={}, checkpoint={"every_steps": 100})
     whole, folder = RunFolder(tmp_path / "a"), RunFolder(tmp_path / "b")
     pretrain(recipe, whole, quiet=True)
-    step = loop.one_step
-
-    def killed(run, crops, knobs):
-        if knobs.step == 4:
-            raise KeyboardInterrupt
-        return step(run, crops, knobs)
-
-    monkeypatch.setattr(loop, "one_step", killed)
-    with pytest.raises(KeyboardInterrupt):
-        pretrain(recipe, folder, quiet=True)
-    monkeypatch.undo()
+    interrupted(recipe, folder, step=4)
     pretrain(recipe, folder, resume=True, quiet=True)
     steps = [(row["step"], is_look(row)) for row in folder.rows()]
     assert steps == [(row["step"], is_look(row)) for row in whole.rows()]
@@ -356,9 +338,9 @@ def test_a_gate_and_the_last_state_of_a_phase_do_not_go_together(tiny, tmp_path)
 
 def test_the_middle_of_an_image_is_looked_at():
     image = torch.zeros(3, 40, 60)
-    image[:, :, 10:50] = 1.0
-    assert float(square(image, 24).min()) == pytest.approx(1.0)
-    assert square((image * 255).byte(), 16).shape == (3, 16, 16)
+    image[:, :, 6:54] = 1.0  # a little more than the square, as the filter reaches beyond it
+    assert float(to_square(unit_range(image), 24).min()) == pytest.approx(1.0)
+    assert to_square(unit_range((image * 255).byte()), 16).shape == (3, 16, 16)
 
 
 def test_rows_after_a_state_are_written_again():

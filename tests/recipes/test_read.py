@@ -149,6 +149,16 @@ class TestOverrides:
         assert made.maybe == Inner(rate=2.0)
         assert made.free == {"k": 20}
 
+    @pytest.mark.parametrize("word", ["none", "None", '"none"'])
+    def test_none_is_a_choice_where_it_is_one(self, word: str):
+        told = [*HERE, f"optim.lr_rule={word}", f"objective.regularizer={word}", f"gram={word}"]
+        if word == '"none"':
+            assert "'gram'" in refusal(*told, kind=PretrainRecipe)
+            told.pop()
+        made = read_recipe(None, PretrainRecipe, told)
+        assert (made.optim.lr_rule, made.objective.regularizer) == ("none", "none")
+        assert made.gram is None
+
     @pytest.mark.parametrize("override", ["steps", "=3", "inner..rate=3", ".=1", ""])
     def test_no_setting_is_refused(self, override: str):
         assert f"'{override}' is no setting" in refusal(override)

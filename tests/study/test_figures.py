@@ -87,6 +87,8 @@ def test_text_is_text_and_colours_follow_the_page(table):
 def test_a_term_that_nobody_has_is_left_out():
     assert "iBOT" in loss_curves({"a": rows()}).markup
     assert "iBOT" not in loss_curves({"a": rows(ibot=False)}).markup
+    guided = [row | {"guide/site": 1.0} for row in rows()]
+    assert "guide, site" in loss_curves({"a": guided}).markup
 
 
 def test_titles_say_what_was_found(table):
