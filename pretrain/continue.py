@@ -5,10 +5,13 @@ Command:  dino-adapters pretrain pretrain/continue.py data.source=FOLDER model.s
 Hardware: 2 CPU cores, or a GPU.
 Reached:  see pretrain/README.md.
 
-WEIGHTS is anything that load_backbone opens; without it, a small public CNN (extra `demo`), which trains
-without iBOT. New heads learn first, on a backbone that stands still; then its rate rises from 0.
-The last line says "better", "no difference" or "worse", with an interval, as far as a few labelled
-images can tell, and export/ holds the better of the two.
+WEIGHTS is anything that load_backbone opens (the README has a table); without it, a small public CNN
+(extra `demo`), which trains without iBOT. New heads learn first, on a backbone that stands still; then
+its rate rises from 0. At the end stands "better", "no difference", "worse" or, with too few labels,
+"open", with an interval, and export/ holds the better of the two.
+
+Overhead images want crops.vertical_flip=true; networks with patches of 14 px want
+crops.global_size=126 crops.local_size=70.
 """
 
 model = dict(source="demo:efficientnet_lite0")
@@ -26,18 +29,18 @@ crops = dict(
     solarize=0.1,
 )
 objective = dict(prototypes="auto", prototype_norm=1.0, teacher_temperature=(0.06, 0.06))
-# The rule makes that 7e-4 for 32 images and 1e-3 for 64.
+# The rule makes that 5.7e-4 for 32 images and 8e-4 for 64.
 optim = dict(
-    batch_size="auto", lr=1e-3, lr_rule="sqrt_1024", weight_decay=(0.04, 0.04), layer_decay=0.9
+    batch_size="auto", lr=8e-4, lr_rule="sqrt_1024", weight_decay=(0.04, 0.04), layer_decay=0.9
 )
-# With 1.0 and 4e-4 a CNN hardly moved in 100 steps on UC Merced, with 0.3 and 8e-4 a ViT on blood cells.
-anchor = dict(cls_weight=0.1)
+anchor = dict(cls_weight=0.3)
 schedule = dict(
     warmup=0.1,
     freeze_backbone=0.1,
     backbone_ramp=0.1,
-    # A tenth of the run: a teacher of the usual 0.996 would hardly move in some hundred steps.
-    momentum_span=0.1,
+    # Half of the run: a teacher of the usual 0.996 would hardly move in some hundred steps, and one
+    # that forgets its start at once loses what the start knew.
+    momentum_span=0.5,
 )
 gate = dict()
 monitor = dict(every=0.2, on_collapse="rollback")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 CLIPPED = "values outside value_range clipped"
 TINY = "values fill under 1 % of value_range; is its unit right?"
+EMPTY = "images with pixels that are NaN or infinite, which count as empty"
 REPLICATED = "grey images shown to an RGB network three times over"
 OTHER_RANGE = "value_range differs from the one the network was trained with"
 
@@ -280,9 +281,11 @@ def _unknown_range(sample: Sample) -> UnitsError:
 
 
 def _note_range(sample: Sample, scaled: np.ndarray, notices: Notices | None) -> None:
-    """Counts values that will be clipped, and says when the whole image is a hundred times off."""
+    """Counts what is empty or will be clipped, and says when the image is a hundred times off."""
     if notices is None:
         return
+    if sample.pixels.dtype.kind == "f" and not np.isfinite(sample.pixels).all():
+        notices.add(EMPTY, sample.key)
     valid = valid_pixels(sample)
     values = scaled if valid is None else scaled[:, valid]
     # A rounding error of the division is no clipping.

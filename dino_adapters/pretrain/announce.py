@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 
 from dino_adapters.contracts import BackboneInfo
 from dino_adapters.pretrain.delivery import method_of
+from dino_adapters.pretrain.gate import LEAST_GROUPS
+from dino_adapters.pretrain.labelled import LabelledSet
 from dino_adapters.pretrain.resolve import Reason
 from dino_adapters.pretrain.run import Run
 from dino_adapters.pretrain.schedules import scaled_rate
+from dino_adapters.recipes.pretrain import PretrainRecipe
 
 LOGGER = logging.getLogger(__name__)
+FEW_CHANGE = 0.1
+"""Share of answers that a continued network gives otherwise, about: it was so in the trials."""
 
 
 def say(reasons: Sequence[Reason]) -> None:
@@ -34,6 +40,8 @@ def announce(run: Run) -> None:
         LOGGER.info("%s starts from %s", name, known)
     else:
         announce_students(run.infos)
+    for line in judging(recipe, run.labelled):
+        LOGGER.info("%s", line)
     divided = "" if run.world.size == 1 else f", {run.world.size} processes"
     peak = scaled_rate(recipe.optim.lr, recipe.optim.batch_size, recipe.optim.lr_rule)
     if recipe.optim.lr_rule != "none":
@@ -69,3 +77,26 @@ def announce_students(infos: dict[str, BackboneInfo]) -> None:
                 info.embed_dim,
                 infos[""].name,
             )
+
+
+def judging(recipe: PretrainRecipe, labelled: LabelledSet | None) -> tuple[str, ...]:
+    """What the verdict will be read from, and how much it can show; nothing without a gate."""
+    if recipe.gate is None:
+        return ()
+    if labelled is None:
+        return (
+            "The gate has no labelled images to judge by, so it will export "
+            f"{'the start' if recipe.gate.unshown == 'start' else 'the result'}, as "
+            f"gate.unshown={recipe.gate.unshown} says. Name labels with monitor.labels.",
+        )
+    queries, groups = len(labelled.queries), len(set(labelled.groups_of(labelled.queries)))
+    counted = f"{len(labelled.gallery)} labelled images to choose by, {queries} to judge on"
+    counted += f" in {groups} groups" if groups < queries else ""
+    if groups < LEAST_GROUPS:
+        return (
+            f"{counted}: the gate needs {LEAST_GROUPS} groups to show a difference. Label images "
+            "of more groups.",
+        )
+    # Of a mean over queries that change by 1 or not at all.
+    reach = 100 * 1.96 * math.sqrt(FEW_CHANGE / queries)
+    return (f"{counted}: an interval of about ± {reach:.1f} points, if one answer in ten changes",)

@@ -136,7 +136,7 @@ def build_run(recipe: PretrainRecipe, world: World, origin: Origin, notices: Not
         share=divide(recipe.optim.batch_size, world),
     )
     if intake.size_note:
-        LOGGER.info("%s", intake.size_note)
+        LOGGER.log(logging.WARNING if intake.shrunk else logging.INFO, "%s", intake.size_note)
     return Run(
         recipe,
         learner,

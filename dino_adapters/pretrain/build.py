@@ -283,6 +283,21 @@ def refuse_drops(model: ModelRecipe, name: str) -> None:
             )
 
 
+def fitting_crops(recipe: PretrainRecipe, patch: int) -> str:
+    """The nearest sizes that are multiples of a patch, as words for a command line."""
+    told = {} if recipe.crops.mixture else {"crops.global_size": recipe.crops.global_size}
+    if recipe.crops.local_count and not recipe.crops.mixture:
+        told["crops.local_size"] = recipe.crops.local_size
+    if recipe.gram is not None and recipe.gram.size is not None:
+        told["gram.size"] = recipe.gram.size
+    words = [
+        f"{name}={max(round(size / patch), 1) * patch}"
+        for name, size in told.items()
+        if size % patch
+    ]
+    return f"Take {' '.join(words)}." if words else f"Take multiples of {patch} px."
+
+
 def check_crops(
     network: nn.Module, info: BackboneInfo, recipe: PretrainRecipe, *, coarsest: int
 ) -> None:
@@ -316,10 +331,9 @@ def check_crops(
                 )
             own = side * info.patch_size // coarsest
             if own_kind and side % coarsest:
-                below = max(side // coarsest, 1) * coarsest
                 raise ShapeError(
                     f"A crop size of the recipe is {side} px, and {info.name} has patches of "
-                    f"{info.patch_size} px. Take {below} or {below + coarsest} px."
+                    f"{info.patch_size} px. {fitting_crops(recipe, coarsest)}"
                 )
             seen = cast(Network, network)(torch.zeros(1, len(info.bands), own, own))
             if seen.grid != (side // coarsest, side // coarsest):

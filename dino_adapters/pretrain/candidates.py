@@ -16,13 +16,14 @@ from dino_adapters.pretrain.gate import (
     CANDIDATES,
     GATE,
     Choice,
+    agreed,
     delivered,
     delivery_sentence,
     judge,
-    strictest,
     unlabelled,
 )
 from dino_adapters.pretrain.labelled import LabelledSet
+from dino_adapters.pretrain.learned import NEVER, without_learned
 from dino_adapters.pretrain.probe import Look, look, sizes_for
 from dino_adapters.pretrain.rows import PREFIX
 from dino_adapters.pretrain.run import Run
@@ -34,7 +35,7 @@ from dino_adapters.runtime.runfolder import RunFolder
 LOGGER = logging.getLogger(__name__)
 START: Choice = "start"
 CONTINUED: Choice = "continued"
-START_LOOK = "start.json"
+START_LOOK, LEARNED = "start.json", "learned.json"
 
 
 class Candidates:
@@ -49,13 +50,14 @@ class Candidates:
     def __init__(self, run: Run, folder: RunFolder, info: BackboneInfo) -> None:
         self.run, self.folder, self.info = run, folder, info
         self.labelled: LabelledSet | None = run.labelled
-        self.crop_size = largest_global(run.recipe)
-        self.sizes = sizes_for(info, self.crop_size, run.feed.side)
+        self.since = NEVER
+        """Step after which looks are of the present labels."""
+        self.sizes = sizes_for(info, largest_global(run.recipe), run.feed.side)
         self.path = folder.path / CANDIDATES
         self.start, self.continued = self.path / START, self.path / CONTINUED
 
-    def check(self) -> None:
-        """Refuses a gate that a run did not begin with.
+    def prepare(self) -> None:
+        """Refuses a gate that a run did not begin with, and images that it chose by as queries.
 
         Raises:
             CheckpointError: the start was not kept.
@@ -66,6 +68,10 @@ class Candidates:
                 f"{self.folder.path} began without a gate, so its start was not kept and nothing "
                 "can be held against it. Go on without gate, or start anew with it."
             )
+        if self.labelled is not None:
+            self.labelled, self.since = without_learned(
+                self.labelled, self.path / LEARNED, self.run.progress.step, self.run.notices
+            )
 
     def keep_start(self, backbone: nn.Module) -> None:
         """Exports the network that the run starts from, as it came, with its own card."""
@@ -75,9 +81,8 @@ class Candidates:
         """What the labelled images say after so many steps, and the numbers to note."""
         assert self.labelled is not None
         first = self.first_look()
-        # All sizes at the start and for the verdict; on the way the crops' and the start's best.
-        sizes = self.sizes if first is None else sorted({first.size, self.crop_size})
-        seen = look(backbone, self.info, self.labelled, sizes)
+        # Always all sizes: training moves the best one, and less of them would look like a fall.
+        seen = look(backbone, self.info, self.labelled, self.sizes)
         row: dict[str, Any] = {"knn": seen.knn, "linear": seen.linear}
         row |= {"selection": seen.selection, "size": seen.size}
         if done == 0:
@@ -87,8 +92,10 @@ class Candidates:
             gains = {"gain": verdict.difference, "gain_low": verdict.low}
             gains |= {"gain_high": verdict.high}
             row |= {name: gain for name, gain in gains.items() if gain is not None}
-        shown = ", ".join(f"{name} {100 * row[name]:.1f} %" for name in ("knn", "linear"))
-        LOGGER.info("step %d: %s on labelled images", done, shown)
+        # Not what the queries say: who tunes settings by it would choose on them.
+        LOGGER.info(
+            "step %d: %.1f %% of the labelled images to choose by", done, 100 * seen.selection
+        )
         return seen, {f"{PREFIX}{name}": value for name, value in row.items()}
 
     def first_look(self) -> Look | None:
@@ -115,13 +122,15 @@ class Candidates:
             verdict = judge(first, last, self.labelled)
             if last.size != first.size:
                 rival = self._look_at(START, self.labelled, (last.size,))
-                verdict = strictest([verdict, judge(rival, last, self.labelled)])
+                verdict = agreed(verdict, judge(rival, last, self.labelled))
             resize_export(self.continued, last.size)
         choice = delivered(verdict, gate)
         sentence = f"{verdict.sentence} {delivery_sentence(verdict, gate)}"
         found = verdict.as_json() | {"exported": choice, "sentence": sentence}
         write_json(self.folder.path / GATE, found)
         copy_export(self.path / choice, self.folder.export)
+        if choice == START and first is not None:  # the candidate stays as it came
+            resize_export(self.folder.export, first.size)
         LOGGER.info("%s", sentence)
 
     def _look_at(self, candidate: str, labelled: LabelledSet, sizes: Sequence[int]) -> Look:

@@ -7,7 +7,7 @@ class tokens are alike and its targets uniform. Thresholds are the named constan
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,6 +70,11 @@ class Finding:
 
     kind: Kind
     sentence: str
+
+    @property
+    def is_alarm(self) -> bool:
+        """Whether a report puts it first; what a run does about it is up to its `Watch`."""
+        return self.kind in ("collapse", "drop")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,11 +157,6 @@ def diagnose(
     history = History(seen, done, prototypes, rows, images, frozen_until)
     rules = (_collapse, _drop, _dead, _twins, _loose, _drift)  # the worst first
     return tuple(finding for rule in rules for finding in rule(history))
-
-
-def collapsed(findings: Iterable[Finding]) -> bool:
-    """Whether to do what `monitor.on_collapse` says: a collapse, or a drop below the start."""
-    return any(finding.kind in ("collapse", "drop") for finding in findings)
 
 
 def _collapse(run: History) -> Iterator[Finding]:

@@ -217,13 +217,17 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def looking_seconds(recipe: PretrainRecipe, images: int, seen: Measured) -> float:
-    """Seconds of all looks, about: forward passes at every size, and reading the labelled files."""
+def looking_seconds(recipe: PretrainRecipe, images: int, labelled: int, seen: Measured) -> float:
+    """Seconds of all looks, about: forward passes at every size, and reading the labelled files.
+
+    Args:
+        recipe: of the phase.
+        images: of the run.
+        labelled: images with labels that a look reads.
+        seen: the largest trial.
+    """
     told, side = recipe.monitor, largest_global(recipe)
     looks = round(1 / told.every) + 1 if told.every else 2 if recipe.gate is not None else 0
     passes = float(min(told.images, images))
-    labelled = 0
-    if told.labels is not None or recipe.data.labels is not None:
-        labelled = min(told.labelled, images) if told.source is None else told.labelled
-        passes += labelled * sum(size**2 for size in seen.look_sizes) / side**2
+    passes += labelled * sum(size**2 for size in seen.look_sizes) / side**2
     return looks * (passes * seen.look_seconds + labelled * seen.decode_seconds)

@@ -20,6 +20,9 @@ from dino_adapters.runtime.console import Notices
 Choice = Literal["start", "continued"]
 LEAST_GROUPS = 10
 """Fewer groups of images than this are not resampled: the interval would be far too short."""
+LEAST_CHANGED = 6
+"""If fewer groups are answered otherwise, all for the better, chance does so in more than one case
+of twenty (sign test: 2 / 2^5 = 0.06); resampling, which may miss them all, would not see that."""
 LEVEL = 0.95
 RESAMPLES = 4000
 NAMES = {"start": "the network that the run started from", "continued": "the continued network"}
@@ -38,7 +41,9 @@ class Verdict:
             difference is shown, `unknown` without labels or with too few groups of images.
         difference: Balanced accuracy now less that of the start, k-NN and linear probe averaged;
             None without labels.
-        low: Lower end of its 95 % interval over other images of the same kind; None where unknown.
+        low: Lower end of its 95 % interval over other queries of the same kind, this run and the
+            images that the probes learned from being as they are; None with too few groups, or
+            too few that are answered otherwise.
         high: Upper end.
         knn: Balanced accuracy of the start and now; None without labels.
         linear: The same of the linear probe.
@@ -78,6 +83,7 @@ class Paired:
         high: Upper end.
         queries: Images that both were asked.
         groups: Groups that they make.
+        changed: Groups about which the answers differ in number.
     """
 
     probes: tuple[tuple[float, float], tuple[float, float]]
@@ -86,6 +92,7 @@ class Paired:
     high: float | None
     queries: int
     groups: int
+    changed: int
 
 
 def judge(start: Look, now: Look, labelled: LabelledSet, *, seed: int = 0) -> Verdict:
@@ -105,9 +112,8 @@ def judge(start: Look, now: Look, labelled: LabelledSet, *, seed: int = 0) -> Ve
     keys = [key for key, there in zip(labelled.queries, both, strict=True) if there]
     found = _paired(start.answers[:, both], now.answers[:, both], keys, labelled, seed)
     knn, linear = found.probes
-    kind = "unknown" if found.low is None or found.high is None else _kind(found.low, found.high)
     verdict = Verdict(
-        kind=kind,
+        kind=_kind(found),
         difference=found.difference,
         low=found.low,
         high=found.high,
@@ -118,7 +124,7 @@ def judge(start: Look, now: Look, labelled: LabelledSet, *, seed: int = 0) -> Ve
         sizes=(start.size, now.size),
         sentence="",
     )
-    return replace(verdict, sentence=_sentence(verdict, seen=labelled.seen))
+    return replace(verdict, sentence=_sentence(verdict, found.changed, seen=labelled.seen))
 
 
 def change_of_selection(start: Look, now: Look, labelled: LabelledSet, *, seed: int = 0) -> Paired:
@@ -133,16 +139,27 @@ def change_of_selection(start: Look, now: Look, labelled: LabelledSet, *, seed: 
     return _paired(start.held_out[:, both], now.held_out[:, both], keys, labelled, seed)
 
 
-def strictest(verdicts: Sequence[Verdict]) -> Verdict:
-    """The one with the least gain, of comparisons with the start at several sizes.
+def agreed(own: Verdict, same_size: Verdict) -> Verdict:
+    """What both comparisons show: `better` and `worse` need both.
 
     Which size suits a network best is itself a guess from labelled images. Where the guesses for
     start and result differ, the change of size alone can look like a gain of some points.
 
     Args:
-        verdicts: with a difference, at least one.
+        own: with the start at the size that suits it best.
+        same_size: with the start at the size of the result.
     """
-    return min(verdicts, key=lambda one: one.difference or 0.0)
+    if own.kind == same_size.kind:
+        if own.kind in ("better", "worse"):
+            return min(own, same_size, key=lambda one: abs(one.difference or 0.0))
+        return own
+    if "same" in (own.kind, same_size.kind):
+        return own if own.kind == "same" else same_size
+    sentence = (
+        "No difference to the start is shown: one reading of the start is better than this network "
+        "and the other worse."
+    )
+    return replace(own, kind="same", sentence=sentence)
 
 
 def unlabelled(notices: Notices | None = None) -> Verdict:
@@ -217,9 +234,11 @@ def _paired(
         (mean_recall(a, labels), mean_recall(b, labels)) for a, b in zip(before, after, strict=True)
     )
     difference = (knn[1] - knn[0] + linear[1] - linear[0]) / 2
-    units, low, high = len(units_of(groups)[0]), None, None
-    if units >= LEAST_GROUPS:
-        weights = _weights(labels)
+    weights = _weights(labels)
+    names, unit = units_of(groups)
+    gains = np.bincount(unit, (after * weights - before * weights).sum(axis=0), len(names))
+    changed, low, high = int(np.count_nonzero(np.abs(gains) > 1e-9)), None, None
+    if len(names) >= LEAST_GROUPS and changed >= LEAST_CHANGED:
         _, low, high = paired_bootstrap(
             after * weights,
             before * weights,
@@ -227,9 +246,9 @@ def _paired(
             over_draws=False,
             seed=seed,
             resamples=RESAMPLES,
-            level=_expanded(units),
+            level=_expanded(len(names)),
         )
-    return Paired((knn, linear), difference, low, high, len(keys), units)
+    return Paired((knn, linear), difference, low, high, len(keys), len(names), changed)
 
 
 def _weights(labels: np.ndarray) -> np.ndarray:
@@ -244,13 +263,15 @@ def _expanded(units: int) -> float:
     return float(2 * stats.norm.cdf(reach) - 1)
 
 
-def _kind(low: float, high: float) -> Literal["better", "same", "worse"]:
-    if low > 0:
-        return "better"
-    return "worse" if high < 0 else "same"
+def _kind(found: Paired) -> Literal["better", "same", "worse", "unknown"]:
+    if found.groups < LEAST_GROUPS:
+        return "unknown"
+    if found.low is None or found.high is None or found.low <= 0 <= found.high:
+        return "same"
+    return "better" if found.low > 0 else "worse"
 
 
-def _sentence(found: Verdict, *, seen: bool) -> str:
+def _sentence(found: Verdict, changed: int, *, seen: bool) -> str:
     assert found.difference is not None
     assert found.sizes is not None
     points = f"{100 * found.difference:+.1f} points"
@@ -261,11 +282,16 @@ def _sentence(found: Verdict, *, seen: bool) -> str:
     before, now = found.sizes
     sizes = f"read at {now} px" + (f" and the start at {before} px" if before != now else "")
     what = f"k-NN and linear probe averaged, {sizes}, {images} {nothing}"
-    if found.low is None or found.high is None:
+    if found.kind == "unknown":
         return (
             f"Whether this is better than the start stays open: {points}, and over {found.groups} "
             f"groups of images an interval would be too short to trust ({what}). {LEAST_GROUPS} "
             "are needed: label images of more groups."
+        )
+    if found.low is None or found.high is None:
+        return (
+            f"No difference to the start is shown: {points}, and only {changed} of {found.groups} "
+            f"groups of images are answered otherwise, where {LEAST_CHANGED} are needed ({what})."
         )
     said = {
         "better": "Better than the start",

@@ -28,6 +28,8 @@ from dino_adapters.recipes.pretrain import PretrainRecipe
 from dino_adapters.runtime.console import Notices
 
 LOOKS = 64
+MOST_SHRUNK = 3
+"""Times that images may be reduced without a warning: crops of one keep some of the details."""
 
 
 class Intake:
@@ -40,6 +42,11 @@ class Intake:
         source: the data set.
         recipe: the whole recipe.
         notices: where skips and conversions are counted.
+
+    Attributes:
+        side: shorter side in pixels at which images are read.
+        size_note: why at that; empty where the recipe says it.
+        shrunk: whether most of their details are lost by it.
 
     Raises:
         DataError: no image can be read, or their bands differ.
@@ -54,6 +61,7 @@ class Intake:
         looks = look_at(source, self.keys)
         self.bands = common_bands([look.bands for look in looks])
         self.size_note = ""
+        self.shrunk = False
         self.side = self._resolve_side(looks, recipe)
         self.mean, self.std = (None, None)
         if tuple(band.name for band in self.bands) != tuple(band.name for band in RGB):
@@ -93,6 +101,12 @@ class Intake:
             f"the median image has {there}"
             + ("; smaller crops of it are enlarged" if there < wanted else "")
         )
+        if there > MOST_SHRUNK * side:
+            self.size_note += (
+                f", so what is smaller than {math.ceil(there / side)} of its pixels is lost: cut "
+                "large images into tiles, or raise crops.global_size"
+            )
+            self.shrunk = True
         return side
 
 

@@ -66,9 +66,11 @@ class LabelledSet:
 
     @property
     def digest(self) -> str:
-        """Digest of both parts and their classes: what two looks must share to be compared."""
+        """Digest of both parts, classes and groups: what two looks must share to be compared."""
         parts = (self.gallery, self.queries)
-        return json_digest([[[key, self.labels[key]] for key in part] for part in parts])
+        return json_digest(
+            [[[key, self.labels[key], self.groups[key]] for key in part] for part in parts]
+        )
 
     def labels_of(self, keys: Sequence[str]) -> np.ndarray:
         """Their classes `(n,)`."""

@@ -33,6 +33,7 @@ class PhasePlan:
         kept_bytes: decoded images that stay in memory.
         decoding_s: seconds that reading and decoding add to the whole phase.
         looks_s: seconds of all looks at the network, about.
+        judging: what a verdict will be read from.
         divided: whether micro-batches were tried, so that `memory` tells them apart.
     """
 
@@ -47,6 +48,7 @@ class PhasePlan:
     kept_bytes: int
     decoding_s: float
     looks_s: float
+    judging: tuple[str, ...] = ()
     divided: bool = False
 
     @property
@@ -166,6 +168,7 @@ class PhasePlan:
             found.append(name + self.size_note)
         if self.recipe.schedule.freeze_backbone:
             found.append(f"{name}steps are faster than that while the backbone is frozen")
+        found += [name + sentence.removesuffix(".") for sentence in self.judging]
         return tuple(f"{sentence[0].upper()}{sentence[1:]}." for sentence in found)
 
     def cells(self) -> dict[str, str]:

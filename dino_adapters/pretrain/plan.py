@@ -10,7 +10,8 @@ from typing import Any
 
 from dino_adapters.contracts import RecipeError, Table
 from dino_adapters.data import load_source
-from dino_adapters.pretrain.assemble import import_modules
+from dino_adapters.pretrain.announce import judging
+from dino_adapters.pretrain.assemble import import_modules, labelled_for
 from dino_adapters.pretrain.estimate import (
     decoding_seconds,
     divided_trial,
@@ -165,6 +166,8 @@ def _phase(
     high, share = whole[1], mixture_share(plan)
     memory, seconds = memory_line(whole, None), seconds_line(whole, None).times(share)
     kept = min(int(plan.data.memory_gb * 1e9), images * high.image_bytes)
+    labelled = labelled_for(plan, intake.source, intake.notices)
+    seen = 0 if labelled is None else len(labelled.gallery) + len(labelled.queries)
     found = PhasePlan(
         name=name,
         recipe=plan,
@@ -176,7 +179,8 @@ def _phase(
         seconds=seconds,
         kept_bytes=kept,
         decoding_s=decoding_seconds(plan, images, kept, seconds.of(batch, micro), high),
-        looks_s=looking_seconds(plan, images, high),
+        looks_s=looking_seconds(plan, images, seen, high),
+        judging=judging(plan, labelled),
     )
     if micro == batch and (found.fits or not can_divide(plan)):
         return found

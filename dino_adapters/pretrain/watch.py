@@ -18,6 +18,7 @@ from dino_adapters.pretrain.diagnosis import DROP, Finding, diagnose
 from dino_adapters.pretrain.gate import change_of_selection, early_stop
 from dino_adapters.pretrain.health import look_at
 from dino_adapters.pretrain.intake import evenly
+from dino_adapters.pretrain.learned import NEVER
 from dino_adapters.pretrain.optim import Timetable, frozen_steps
 from dino_adapters.pretrain.probe import Look
 from dino_adapters.pretrain.rows import PREFIX, is_before, is_look, steps_of
@@ -29,6 +30,8 @@ from dino_adapters.runtime.runfolder import RunFolder
 
 LOGGER = logging.getLogger(__name__)
 BEST_STATE = "best_state"
+PLAIN = 0.2
+"""A fall that needs no interval, where images are too few to have one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +162,7 @@ class Watch:
         run = self.run
         if not run.world.leads:
             return
-        self.candidates.check()
+        self.candidates.prepare()
         self.images = self._images()
         self._open_board()
 
@@ -174,7 +177,7 @@ class Watch:
         if not self.run.world.leads:
             return Event(), False
         row, seen = self._seen(networks.to(self.run.learner.device))
-        earlier = [look.get(f"{PREFIX}selection") for look in self._thawed()]
+        earlier = [look.get(f"{PREFIX}selection") for look in self._moved()]
         self.note(row)
         is_best = self.run.progress.step > frozen_steps(self.recipe)
         if seen is not None:  # without labels the last is taken for the best
@@ -221,7 +224,8 @@ class Watch:
         event = self._alarm(reasons[0]) if reasons else Event()
         if event.ends or event.stops or event.goes_back:
             return event
-        looks = [row for row in self.looks()[:1] if row["step"] == 0] + self._thawed()
+        first = self.looks()[:1] if self.candidates.since == NEVER else []
+        looks = [row for row in first if row["step"] == 0] + self._moved()
         scores = [score for row in looks if (score := row.get(f"{PREFIX}selection")) is not None]
         if early_stop(scores, told.patience):
             LOGGER.info("no better look for %d in a row: the run ends here", told.patience)
@@ -236,7 +240,8 @@ class Watch:
             return []
         assert self.candidates.labelled is not None
         change = change_of_selection(first, seen, self.candidates.labelled)
-        shown = change.high is None or change.high < 0  # a rare class weighs much and says little
+        # With rare classes, or few images, one answer is points: chance must be ruled out.
+        shown = change.difference < -PLAIN if change.high is None else change.high < 0
         if change.difference >= -DROP or not shown:
             return []
         return [
@@ -261,9 +266,10 @@ class Watch:
             return Event(ends=True, alarms=True)
         return Event(stops=reason, alarms=True)
 
-    def _thawed(self) -> list[dict[str, Any]]:
-        """Looks at a backbone that training has moved."""
-        return [row for row in self.looks() if row["step"] > frozen_steps(self.recipe)]
+    def _moved(self) -> list[dict[str, Any]]:
+        """Looks at a backbone that training has moved, by the present labels."""
+        before = max(frozen_steps(self.recipe), self.candidates.since)
+        return [row for row in self.looks() if row["step"] > before]
 
     def looks(self) -> list[dict[str, Any]]:
         """Rows of all looks so far."""

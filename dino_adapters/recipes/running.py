@@ -24,12 +24,14 @@ class MonitorRecipe(Section):
     labelled: int = Field(default=1000, ge=8)
     """At most so many labelled images are read in a look, as many of each class as can be."""
     on_collapse: Literal["warn", "stop", "rollback"] = "warn"
-    """When features collapse, or fall behind those before the first step: say so; stop; or go back
-    to the best look with half the learning rate, at most `rollbacks` times, and stop then."""
+    """When features collapse, or fall behind those before the first step by 5 points and by more
+    than chance (by 20 with too few images for an interval): say so; stop; or go back to the best
+    look with half the learning rate, at most `rollbacks` times, and stop then."""
     rollbacks: int = Field(default=2, ge=0)
     """How often a run may go back."""
     patience: int = Field(default=0, ge=0)
-    """Ends after so many looks in a row without a new best k-NN; 0 never."""
+    """Ends after so many looks in a row without a new best, k-NN and linear probe averaged; 0
+    never."""
     tensorboard: bool = False
     """Write what is noted for TensorBoard, too, into the folder `tensorboard` of the run."""
 

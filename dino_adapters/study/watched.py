@@ -10,7 +10,7 @@ from typing import Any
 
 from dino_adapters.backbones.card import CARD, exports_below
 from dino_adapters.contracts import DataError, Figure, Table
-from dino_adapters.pretrain.diagnosis import collapsed, diagnose
+from dino_adapters.pretrain.diagnosis import diagnose
 from dino_adapters.pretrain.gate import GATE
 from dino_adapters.pretrain.health import dead_level
 from dino_adapters.pretrain.rows import PREFIX, is_look, steps_of
@@ -135,7 +135,7 @@ def watched(
             tables.append(_table(looks, before))
             figures.append(_figure(panels, looks, before))
         for finding in diagnose(looks, steps_of(own), **facts):
-            where = alarms if collapsed([finding]) else notes
+            where = alarms if finding.is_alarm else notes
             where.append(before + finding.sentence)
     before = f"{name}: " if name else ""
     notes += [before + sentence for sentence in skipped(rows)]

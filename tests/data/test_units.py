@@ -86,6 +86,16 @@ class TestToRange:
         pixels = np.array([[[5.0]], [[0.5]]], np.float32)
         assert to_range(Sample("k", pixels, bands)).ravel().tolist() == [0.5, 0.75]
 
+    def test_images_with_nan_are_counted(self):
+        notices = Notices()
+        for key, value in (("a.tif", np.nan), ("b.tif", np.inf), ("c.tif", 0.5)):
+            pixels = np.array([[[value, 0.5]]], np.float32)
+            made = to_range(
+                replace(sample_of(pixels, ["grey"], value_range=(0, 1)), key=key), notices=notices
+            )
+            assert np.isfinite(made).all()
+        assert notices.counts == {units.EMPTY: 2}
+
     def test_clipping_is_counted_over_valid_pixels_only(self):
         pixels = np.array([[[-5, 0, 5000, 20000, 30000]]], np.int32)
         valid = np.array([[True, True, True, True, False]])

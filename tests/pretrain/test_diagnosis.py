@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dino_adapters.pretrain.diagnosis import Finding, collapsed, diagnose
+from dino_adapters.pretrain.diagnosis import Finding, diagnose
 from dino_adapters.pretrain.health import dead_level
 
 K, BATCH, IMAGES = 1024, 32, 960
@@ -304,11 +304,9 @@ def test_a_drift_in_one_look_may_be_chance():
 # What follows
 
 
-def test_what_counts_as_collapsed():
-    assert collapsed([Finding("dead", ""), Finding("collapse", "")])
-    assert collapsed([Finding("drop", "")])
-    assert not collapsed([Finding(kind, "") for kind in ("dead", "drift", "loose")])
-    assert not collapsed([])
+def test_what_is_an_alarm():
+    kinds = ("collapse", "drop", "dead", "drift", "loose")
+    assert [Finding(kind, "").is_alarm for kind in kinds] == [True, True, False, False, False]
 
 
 def test_the_worst_comes_first_and_every_sentence_says_what_to_try():

@@ -33,6 +33,7 @@ def test_the_side_is_that_of_the_smallest_crop_filled_with_pixels(
     found = Intake(load_source(recipe.data, notices=Notices()), recipe, Notices())
     assert found.side == side
     assert ("enlarged" in found.size_note) == (side == min(size) and not given)
+    assert found.shrunk == ("into tiles" in found.size_note) == (3 * side < min(size) and not given)
     # The smallest boxes of such an image hold as many pixels as a crop, up to rounding.
     if not given and side < min(size):
         recipe_scale = recipe.crops.global_scale

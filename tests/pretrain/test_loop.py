@@ -245,11 +245,11 @@ def test_deep_images_need_their_range(tiny, tmp_path, dtype):
     [
         (
             {"crops": {"global_size": 50}},
-            "is 50 px, and vitmicro8 has patches of 8 px. Take 48 or 56",
+            "is 50 px, and vitmicro8 has patches of 8 px. Take crops.global_size=48",
         ),
         (
             {"crops": {"local_size": 20}},
-            "is 20 px, and vitmicro8 has patches of 8 px. Take 16 or 24",
+            "is 20 px, and vitmicro8 has patches of 8 px. Take crops.local_size=16",
         ),
     ],
 )

@@ -301,7 +301,7 @@ def test_the_first_phase_has_nothing_to_start_from(tiny, tmp_path, start):
             {"distill": {"students": {"s": VIT}}, "objective": {"prototypes": 8}},
         ),
         (
-            "crop size of the recipe is 28 px, and .* has patches of 8 px. Take 24 or 32",
+            "crop size of the recipe is 28 px, and .* has patches of 8 px. Take multiples of 8 px.",
             {"crops": {"mixture": [MIXTURE[0], {"global_size": 28, "local_size": 16}]}},
         ),
         (
