@@ -83,6 +83,6 @@ def test_crops_and_masks_have_the_sizes_of_their_step(mixed, tmp_path):
 
 def test_a_mixture_that_no_patch_divides_is_refused_before_the_first_step(tiny, tmp_path):
     mixture = [MIXTURE[0], {"global_size": 28, "local_size": 16}]
-    with pytest.raises(ShapeError, match=r"size of the recipe is 28 px, .* Take 24 or 32"):
+    with pytest.raises(ShapeError, match=r"size of the recipe is 28 px, .* Take multiples of 8 px"):
         pretrain(tiny(crops={"mixture": mixture}), RunFolder(tmp_path / "run"), quiet=True)
     assert not list((tmp_path / "run").rglob("metrics.jsonl"))
