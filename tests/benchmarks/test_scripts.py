@@ -151,7 +151,7 @@ def test_gate(images, script, capsys):
         for name in ("naive", "ours", "lora", "scratch")
     }
     assert recipes["naive"]["anchor"] is None
-    assert recipes["ours"]["anchor"]["cls_weight"] == 1.0
+    assert recipes["ours"]["anchor"]["cls_weight"] > 0
     assert recipes["lora"]["lora"] is not None
     assert recipes["scratch"]["model"]["architecture"]["embed_dim"] == 16
     assert "gate said" in capsys.readouterr().out
