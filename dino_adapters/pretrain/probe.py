@@ -107,13 +107,14 @@ class Read:
 def sizes_for(info: BackboneInfo, crop_size: int, side: int) -> tuple[int, ...]:
     """Sizes worth reading a network at, the same before and after training.
 
-    The crops', 1.4 times that, the images' own, and what the network was made for, as multiples
-    of a patch. None above 256 px, or the crops' size where that is larger: such wishes are cut.
+    The crops', 1.4 times that, the one that training reads images at, and what the network was made
+    for, as multiples of a patch. None above 256 px, or the crops' size where that is larger: such
+    wishes are cut.
 
     Args:
         info: Card of the network that the run starts from.
         crop_size: Side of its global crops in pixels.
-        side: Side of the images in pixels.
+        side: Shorter side in pixels at which training reads images.
     """
     wanted = [float(crop_size), 1.4 * crop_size, float(side)]
     if info.training.get("weights") != "random":  # those were made for no size
@@ -133,7 +134,8 @@ def look(
     """Reads the labelled images and asks both probes.
 
     The gallery is read at every size, the queries only at the one that suits the gallery best
-    (equal scores: the smaller). Vectors that are not finite count as wrong answers.
+    (equal scores: the smaller). Queries whose vectors are not finite count as wrong answers; one
+    such vector in the gallery makes all answers at that size wrong.
 
     Args:
         network: In any mode; it is left as it was. Weights spread over devices need this call on
