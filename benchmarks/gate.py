@@ -210,7 +210,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def span(row: Row) -> str:
     """A difference with its interval, in hundredths."""
-    if row["low"] is None:  # too few groups of images
+    if row["low"] is None:  # too few groups of images, or too few answered otherwise
         return f"{100 * row['gain']:+.1f}"
     return f"{100 * row['gain']:+.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})"
 

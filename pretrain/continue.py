@@ -38,8 +38,7 @@ schedule = dict(
     warmup=0.1,
     freeze_backbone=0.1,
     backbone_ramp=0.1,
-    # Half of the run: a teacher of the usual 0.996 would hardly move in some hundred steps, and one
-    # that forgets its start at once loses what the start knew.
+    # Half of the run: a teacher of the usual 0.996 would hardly move in some hundred steps.
     momentum_span=0.5,
 )
 gate = dict()

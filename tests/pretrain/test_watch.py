@@ -73,18 +73,28 @@ def test_looks_are_noted_before_the_first_step_and_after_the_last(told, tmp_path
     assert len(folder.rows_with("loss")) == 6
 
 
+@pytest.fixture
+def resumed(tmp_path, interrupted):
+    """Folders of a run that went through, and of one that was ended in front of step 4."""
+
+    def run(recipe):
+        whole, folder = RunFolder(tmp_path / "a"), RunFolder(tmp_path / "b")
+        pretrain(recipe, whole, quiet=True)
+        interrupted(recipe, folder, step=4)
+        pretrain(recipe, folder, resume=True, quiet=True)
+        return whole, folder
+
+    return run
+
+
 def test_looking_changes_nothing(told, tmp_path):
     seen = pretrain(told(), RunFolder(tmp_path / "a"), quiet=True)
     blind = pretrain(told(monitor={"every": 0.0}), RunFolder(tmp_path / "b"), quiet=True)
     assert equal(weights(seen), weights(blind))
 
 
-def test_a_resumed_run_keeps_and_repeats_its_looks(told, tmp_path, interrupted):
-    recipe = told(gate={}, checkpoint={"every_steps": 3})
-    whole, folder = RunFolder(tmp_path / "a"), RunFolder(tmp_path / "b")
-    pretrain(recipe, whole, quiet=True)
-    interrupted(recipe, folder, step=4)
-    pretrain(recipe, folder, resume=True, quiet=True)
+def test_a_resumed_run_keeps_and_repeats_its_looks(told, resumed):
+    whole, folder = resumed(told(gate={}, checkpoint={"every_steps": 3}))
 
     def plain(rows):
         return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
@@ -271,12 +281,8 @@ def candidates_sizes(folder):
     }
 
 
-def test_killed_before_the_first_state_it_begins_again(told, tmp_path, interrupted):
-    recipe = told(gate={}, checkpoint={"every_steps": 100})
-    whole, folder = RunFolder(tmp_path / "a"), RunFolder(tmp_path / "b")
-    pretrain(recipe, whole, quiet=True)
-    interrupted(recipe, folder, step=4)
-    pretrain(recipe, folder, resume=True, quiet=True)
+def test_killed_before_the_first_state_it_begins_again(told, resumed):
+    whole, folder = resumed(told(gate={}, checkpoint={"every_steps": 100}))
     steps = [(row["step"], is_look(row)) for row in folder.rows()]
     assert steps == [(row["step"], is_look(row)) for row in whole.rows()]
     ours, theirs = (weights(f.path / "candidates" / "continued") for f in (folder, whole))
