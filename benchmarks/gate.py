@@ -5,8 +5,8 @@
 
 Every variant trains on the training part without labels and with the gate on, which may use labels
 of the parts `train` and `val`. The test part, which nothing was chosen on, then says whether the
-gate was right: start, result and what was exported are read at their own best sizes (chosen on
-`train`) and compared image by image, by k-NN and linear probe.
+gate was right: start and result are read at their own best sizes (chosen on `train`) and compared
+image by image, by k-NN and linear probe on all labels of `train`, and by nearest class mean on few.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from typing import Any
 from grid import Row, collect, image_parser, markdown, mean_cell, values
 
 from dino_adapters.backbones import build_network
-from dino_adapters.data import load_source, read_split
+from dino_adapters.data import Split, load_source, read_split
 from dino_adapters.pretrain import pretrain
 from dino_adapters.pretrain.gate import judge
 from dino_adapters.pretrain.labelled import LabelledSet, Squares
-from dino_adapters.pretrain.probe import Look, look, sizes_for
+from dino_adapters.pretrain.probe import Look, look, read, sizes_for
 from dino_adapters.recipes.pretrain import PretrainRecipe
 from dino_adapters.recipes.read import read_recipe
 from dino_adapters.runtime.console import Notices
 from dino_adapters.runtime.files import write_json
 from dino_adapters.runtime.runfolder import RunFolder
+from dino_adapters.study.fewshot import evaluate_shots
 
 RECIPES = Path(__file__).parents[1] / "pretrain"
 STOCK: dict[str, Any] = {
@@ -56,6 +57,8 @@ STOCK: dict[str, Any] = {
 """The reference's rate unscaled, its views and momentum at once, on a backbone from elsewhere."""
 VARIANTS = ("naive", "ours", "lora", "scratch")
 NAMES = {"knn": "k-NN", "linear": "linear probe"}
+SHOTS = (1, 5, 10)
+DRAWS = 20
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -72,7 +75,8 @@ def main(words: Sequence[str] | None = None) -> None:
         for seed in range(arguments.seeds)
         for name in arguments.variants
     }
-    text = table(collect(measured, tasks, arguments))
+    rows = collect(measured, tasks, arguments)
+    text = f"{table(rows)}\n\n{few_table(rows)}"
     (arguments.out / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)
 
@@ -116,7 +120,8 @@ def measured(arguments: argparse.Namespace, name: str, seed: int) -> list[Row]:
     seconds = time.monotonic() - began
     exam, sizes = examination(recipe), sizes_of(arguments, recipe)
     start = start_of(arguments, exam, sizes)
-    result = examined(folder.path / "candidates" / "continued", None, exam, sizes)
+    continued = folder.path / "candidates" / "continued"
+    result = examined(continued, None, exam, sizes)
     gate = json.loads((folder.path / "gate.json").read_text(encoding="utf-8"))
     truth = judge(start, result, exam)
     row: Row = {"variant": name, "seed": seed, "seconds": round(seconds, 1)}
@@ -124,8 +129,12 @@ def measured(arguments: argparse.Namespace, name: str, seed: int) -> list[Row]:
     row |= {"knn": result.knn, "linear": result.linear, "size": result.size}
     row |= {"gain": truth.difference, "low": truth.low, "high": truth.high, "truth": truth.kind}
     row |= {"gate": gate["kind"], "exported": gate["exported"], "sentence": gate["sentence"]}
-    exported = truth.difference if gate["exported"] == "continued" else 0.0
-    return [row | {"exported_gain": exported}]
+    row["exported_gain"] = truth.difference if gate["exported"] == "continued" else 0.0
+    networks = {
+        "start": (arguments.start, arguments.checkpoint, start.size),
+        "now": (continued, None, result.size),
+    }
+    return [row | few_labels(networks, exam)]
 
 
 def sizes_of(arguments: argparse.Namespace, recipe: PretrainRecipe) -> tuple[int, ...]:
@@ -179,6 +188,25 @@ def examined(
     return look(network.eval(), info, exam, sizes)
 
 
+def few_labels(networks: dict[str, tuple[Path | str, str | None, int]], exam: LabelledSet) -> Row:
+    """Few-shot accuracy of start and result, each at its size, on the same draws."""
+    keys = (*exam.gallery, *exam.queries)
+    vectors = {}
+    for name, (source, checkpoint, size) in networks.items():
+        network, info = build_network(source, checkpoint=checkpoint)
+        found = read(network.eval(), info, exam, keys, (size,))
+        assert found.keys == keys, "a benchmark needs every image"
+        vectors[name] = found.vectors[size]
+    split = Split(exam.gallery, (), exam.queries, seed=None, rule="as given", groups=exam.groups)
+    few = evaluate_shots(vectors, keys, exam.labels, exam.groups, split, shots=SHOTS, draws=DRAWS)
+    row: Row = {}
+    for shot in SHOTS:
+        row[f"start_{shot}"], row[f"shot_{shot}"] = (
+            few.interval(name, shot)[0] for name in ("start", "now")
+        )
+    return row
+
+
 def table(rows: Sequence[Row]) -> str:
     """A line a variant: means over seeds, differences on the test part, and the gate's word."""
     header = ["variant"]
@@ -204,6 +232,26 @@ def table(rows: Sequence[Row]) -> str:
         gated = [] if name == "scratch" else own
         line.append("; ".join(f"{row['gate']}" for row in gated))
         line.append("; ".join(f"{row['exported']}" for row in gated))
+        lines.append(line)
+    return markdown(header, lines)
+
+
+def few_table(rows: Sequence[Row]) -> str:
+    """A line a variant: nearest class mean on few labels, and what continuing changed in it."""
+    header = ["variant"]
+    for shot in SHOTS:
+        header += [f"{shot}-shot, %", "less start"]
+    line = ["start, frozen"]
+    for shot in SHOTS:
+        line += [f"{100 * rows[0][f'start_{shot}']:.1f}", ""]
+    lines = [line]
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        own = [row for row in rows if row["variant"] == name]
+        line = [name]
+        for shot in SHOTS:
+            line.append(mean_cell(values(own, f"shot_{shot}")))
+            gains = {row["seed"]: row[f"shot_{shot}"] - row[f"start_{shot}"] for row in own}
+            line.append(mean_cell(gains))
         lines.append(line)
     return markdown(header, lines)
 

@@ -146,6 +146,8 @@ def test_gate(images, script, capsys):
         assert row["low"] is None or row["low"] <= row["gain"] <= row["high"]
         kept = row["exported"] == "start"
         assert row["exported_gain"] == (0.0 if kept else row["gain"])
+        assert all(0.0 <= row[f"shot_{shot}"] <= 1.0 for shot in (1, 5, 10))
+    assert len({tuple(row[f"start_{shot}"] for shot in (1, 5, 10)) for row in rows}) == 1
     recipes = {
         name: json.loads((images / f"out/runs/{name}_0/recipe.json").read_text())
         for name in ("naive", "ours", "lora", "scratch")
@@ -154,4 +156,6 @@ def test_gate(images, script, capsys):
     assert recipes["ours"]["anchor"]["cls_weight"] > 0
     assert recipes["lora"]["lora"] is not None
     assert recipes["scratch"]["model"]["architecture"]["embed_dim"] == 16
-    assert "gate said" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "gate said" in told
+    assert "5-shot" in told
