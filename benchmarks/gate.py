@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grid import Row, collect, image_parser, markdown, mean_cell, values
+from grid import Row, collect, image_parser, markdown, mean_cell, paired_cell, values
 
 from dino_adapters.backbones import build_network
 from dino_adapters.data import Split, load_source, read_split
@@ -224,9 +224,8 @@ def table(rows: Sequence[Row]) -> str:
         own = [row for row in rows if row["variant"] == name]
         line = [name]
         for metric in NAMES:
-            line.append(mean_cell(values(own, metric)))
-            gains = {row["seed"]: row[metric] - row[f"start_{metric}"] for row in own}
-            line.append(mean_cell(gains))
+            now, start = values(own, metric), values(own, f"start_{metric}")
+            line += [mean_cell(now), paired_cell(now, start)]
         line.append("; ".join(span(row) for row in own))
         # A network from nothing is gated against its own random start, which says nothing here.
         gated = [] if name == "scratch" else own
@@ -249,9 +248,8 @@ def few_table(rows: Sequence[Row]) -> str:
         own = [row for row in rows if row["variant"] == name]
         line = [name]
         for shot in SHOTS:
-            line.append(mean_cell(values(own, f"shot_{shot}")))
-            gains = {row["seed"]: row[f"shot_{shot}"] - row[f"start_{shot}"] for row in own}
-            line.append(mean_cell(gains))
+            now, start = values(own, f"shot_{shot}"), values(own, f"start_{shot}")
+            line += [mean_cell(now), paired_cell(now, start)]
         lines.append(line)
     return markdown(header, lines)
 

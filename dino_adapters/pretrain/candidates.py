@@ -17,10 +17,12 @@ from dino_adapters.pretrain.gate import (
     GATE,
     Choice,
     agreed,
+    change_of_selection,
     delivered,
     delivery_sentence,
     judge,
     unlabelled,
+    unopposed,
 )
 from dino_adapters.pretrain.labelled import LabelledSet
 from dino_adapters.pretrain.learned import NEVER, without_learned
@@ -123,6 +125,7 @@ class Candidates:
             if last.size != first.size:
                 rival = self._look_at(START, self.labelled, (last.size,))
                 verdict = agreed(verdict, judge(rival, last, self.labelled))
+            verdict = unopposed(verdict, change_of_selection(first, last, self.labelled))
             resize_export(self.continued, last.size)
         choice = delivered(verdict, gate)
         sentence = f"{verdict.sentence} {delivery_sentence(verdict, gate)}"

@@ -162,6 +162,30 @@ def agreed(own: Verdict, same_size: Verdict) -> Verdict:
     return replace(own, kind="same", sentence=sentence)
 
 
+def unopposed(verdict: Verdict, chosen_by: Paired) -> Verdict:
+    """A gain stands only where the images that the result was chosen by do not show a loss.
+
+    They flatter the result, which is the best of several looks at them. Where even they fall, the
+    images of the verdict are of one kind that gained, and others lost.
+
+    Args:
+        verdict: From the images that nothing was chosen on.
+        chosen_by: The same two networks on those that were chosen by.
+    """
+    if verdict.kind != "better" or chosen_by.high is None or chosen_by.high >= 0:
+        return verdict
+    assert verdict.difference is not None
+    assert chosen_by.low is not None
+    low, high = 100 * chosen_by.low, 100 * chosen_by.high
+    sentence = (
+        f"No difference to the start is shown: {100 * verdict.difference:+.1f} points on "
+        f"{verdict.queries} images that nothing was chosen on, and "
+        f"{100 * chosen_by.difference:+.1f} (95 % interval {low:+.1f} to {high:+.1f}) on the "
+        f"{chosen_by.queries} that this network was chosen by."
+    )
+    return replace(verdict, kind="same", sentence=sentence)
+
+
 def unlabelled(notices: Notices | None = None) -> Verdict:
     """The verdict of a run without labelled images, or with too few of them.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -26,18 +26,6 @@ BLOCK = (2048, 8192)
 """Prototypes compared at once: 64 MiB of cosines in fp32, however many there are."""
 LEAST_PATCHES = 3
 """Fewer patches have no pattern of similarities."""
-
-
-class PrototypeUse(NamedTuple):
-    """How many prototypes are in use.
-
-    Attributes:
-        effective: exp of the marginal entropy, 1 to K: as many equally used ones spread as much.
-        chosen: Prototypes that are the most likely one of at least one row; at most n.
-    """
-
-    effective: float
-    chosen: int
 
 
 @torch.no_grad()
@@ -101,9 +89,14 @@ def marginal_entropy(p: Tensor) -> float:
 
 
 @torch.no_grad()
-def prototype_use(p: Tensor) -> PrototypeUse:
-    """How many of K prototypes the rows of `(n, K)` use, by weight and by first choice."""
-    return PrototypeUse(math.exp(marginal_entropy(p)), len(p.argmax(dim=1).unique()))
+def prototypes_used(p: Tensor) -> int:
+    """How many of K prototypes are the most likely one of at least one row of `(n, K)`; at most n.
+
+    Raises:
+        ShapeError: not a matrix with rows.
+    """
+    _check_rows(p, 1)
+    return len(p.argmax(dim=1).unique())
 
 
 @torch.no_grad()
@@ -158,7 +151,7 @@ def look_at(
     | `cls_patch_cosine` | between a class token and its image's patches, mean | -1 to 1 |
     | `patch_consistency` | of an image with its mirror image, mean | `dense.patch_consistency` |
     | `row_entropy`, `marginal_entropy` | in nats, of softmax(scores / temperature) | class tokens |
-    | `prototypes_used` | that are first choice of an image; at most n | `prototype_use` |
+    | `prototypes_used` | that are first choice of an image, at most n | class tokens |
     | `prototypes_duplicated` | share that has a twin | `duplicate_prototypes` |
 
     Assignments are those before Sinkhorn-Knopp, whose balance would hide a collapse.
@@ -225,7 +218,7 @@ def _assignments(
     return {
         "row_entropy": row_entropy(p),
         "marginal_entropy": marginal_entropy(p),
-        "prototypes_used": float(prototype_use(p).chosen),
+        "prototypes_used": float(prototypes_used(p)),
         "prototypes_duplicated": duplicate_prototypes(cast(Tensor, head.last_layer.weight)),
     }
 

@@ -20,6 +20,7 @@ from dino_adapters.pretrain.answers import (
     mean_recall,
 )
 from dino_adapters.pretrain.gate import (
+    Paired,
     Verdict,
     agreed,
     change_of_selection,
@@ -28,6 +29,7 @@ from dino_adapters.pretrain.gate import (
     early_stop,
     judge,
     unlabelled,
+    unopposed,
 )
 from dino_adapters.pretrain.labelled import TOO_FEW, LabelledSet, Squares, labelled_set
 from dino_adapters.pretrain.probe import Look
@@ -271,6 +273,33 @@ def test_of_two_gains_the_smaller_is_told():
     verdicts = judge(poor, now, images), judge(fair, now, images)
     assert [one.kind for one in verdicts] == ["better", "better"]
     assert agreed(*verdicts) == agreed(*verdicts[::-1]) == verdicts[1]
+
+
+def test_a_gain_that_the_gallery_contradicts_is_not_shown():
+    """One kind of image gained, and those that the result was chosen by, of many kinds, lost."""
+    images = make(np.tile(["a", "b"], 60), np.arange(120))
+    right, wrong = look_of(np.ones((2, 120)), images), look_of(np.zeros((2, 120)), images)
+    better, fall, gain = (
+        judge(wrong, right, images),
+        *(
+            Paired(((0.8, 0.7),) * 2, difference, difference - 0.02, difference + 0.02, 90, 90, 20)
+            for difference in (-0.03, 0.03)
+        ),
+    )
+    opposed = unopposed(better, fall)
+    assert (better.kind, opposed.kind) == ("better", "same")
+    assert delivered(opposed, GateRecipe()) == "start"
+    assert opposed.sentence == (
+        "No difference to the start is shown: +100.0 points on 120 images that nothing was chosen "
+        "on, and -3.0 (95 % interval -5.0 to -1.0) on the 90 that this network was chosen by."
+    )
+    unclear = replace(fall, high=0.001)
+    unknown = replace(fall, low=None, high=None)
+    for other in (gain, unclear, unknown):
+        assert unopposed(better, other) is better
+    worse = judge(right, wrong, images)
+    assert unopposed(worse, fall) is worse
+    assert unopposed(worse, gain) is worse
 
 
 @pytest.mark.parametrize("changed", [0, 1, 4, 5, 6])

@@ -18,7 +18,7 @@ from dino_adapters.pretrain.health import (
     duplicate_prototypes,
     look_at,
     marginal_entropy,
-    prototype_use,
+    prototypes_used,
     rankme,
     row_entropy,
 )
@@ -98,11 +98,8 @@ def test_entropies_of_known_rows():
 
 def test_prototypes_in_use():
     p = assignments(n=20, count=50)
-    use = prototype_use(p)
-    assert use.chosen == len({max(range(50), key=row.__getitem__) for row in p.tolist()})
-    assert use.effective == pytest.approx(math.exp(marginal_entropy(p)))
-    certain = torch.eye(6, 9)[[0, 0, 2, 2, 5, 5]]
-    assert prototype_use(certain) == pytest.approx((3.0, 3))
+    assert prototypes_used(p) == len({max(range(50), key=row.__getitem__) for row in p.tolist()})
+    assert prototypes_used(torch.eye(6, 9)[[0, 0, 2, 2, 5, 5]]) == 3
 
 
 def test_entropies_stay_exact_with_many_prototypes():
@@ -141,7 +138,7 @@ def test_autocast_does_not_round_twins():
 
 
 def test_misshapen_rows_are_refused():
-    for sign in (rankme, row_entropy, marginal_entropy, prototype_use, duplicate_prototypes):
+    for sign in (rankme, row_entropy, marginal_entropy, prototypes_used, duplicate_prototypes):
         with pytest.raises(ShapeError, match="1 or more rows"):
             sign(torch.zeros(0, 3))
     with pytest.raises(ShapeError, match="2 or more rows"):
@@ -202,7 +199,7 @@ def test_a_look_has_every_sign_of_its_tokens():
     p = (networks["dino_head"](seen.cls) / 0.07).softmax(1)
     assert found["row_entropy"] == pytest.approx(row_entropy(p), rel=1e-5)
     assert found["marginal_entropy"] == pytest.approx(marginal_entropy(p), rel=1e-5)
-    assert found["prototypes_used"] == prototype_use(p).chosen
+    assert found["prototypes_used"] == prototypes_used(p)
 
 
 def test_the_mirror_image_is_mirrored_back():
