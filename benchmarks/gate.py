@@ -25,7 +25,7 @@ from dino_adapters.data import Split, load_source, read_split
 from dino_adapters.pretrain import pretrain
 from dino_adapters.pretrain.gate import judge
 from dino_adapters.pretrain.labelled import LabelledSet, Squares
-from dino_adapters.pretrain.probe import Look, look, read, sizes_for
+from dino_adapters.pretrain.probe import Look, look, read
 from dino_adapters.recipes.pretrain import PretrainRecipe
 from dino_adapters.recipes.read import read_recipe
 from dino_adapters.runtime.console import Notices
@@ -66,7 +66,6 @@ def main(words: Sequence[str] | None = None) -> None:
     reader = image_parser(__doc__ or "")
     reader.add_argument("--start", required=True, help="anything that load_backbone opens")
     reader.add_argument("--checkpoint", help="weights file for a name of timm")
-    reader.add_argument("--side", type=int, help="largest side of images to read, in pixels")
     reader.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     reader.add_argument("--set", nargs="+", default=[], help="key=value for every variant")
     arguments = reader.parse_args(words)
@@ -118,16 +117,20 @@ def measured(arguments: argparse.Namespace, name: str, seed: int) -> list[Row]:
     folder = RunFolder(arguments.out / "runs" / f"{name}_{seed}")
     pretrain(recipe, folder, resume=True, quiet=True)
     seconds = time.monotonic() - began
-    exam, sizes = examination(recipe), sizes_of(arguments, recipe)
+    exam, sizes = examination(recipe), sizes_of(folder, recipe)
     start = start_of(arguments, exam, sizes)
     continued = folder.path / "candidates" / "continued"
     result = examined(continued, None, exam, sizes)
     gate = json.loads((folder.path / "gate.json").read_text(encoding="utf-8"))
     truth = judge(start, result, exam)
+    rival = start_of(arguments, exam, (result.size,)) if result.size != start.size else start
+    same_size = judge(rival, result, exam)
     row: Row = {"variant": name, "seed": seed, "seconds": round(seconds, 1)}
     row |= {"start_knn": start.knn, "start_linear": start.linear, "start_size": start.size}
     row |= {"knn": result.knn, "linear": result.linear, "size": result.size}
     row |= {"gain": truth.difference, "low": truth.low, "high": truth.high, "truth": truth.kind}
+    row |= {"same_size": same_size.difference}
+    row |= {"same_size_low": same_size.low, "same_size_high": same_size.high}
     row |= {"gate": gate["kind"], "exported": gate["exported"], "sentence": gate["sentence"]}
     row["exported_gain"] = truth.difference if gate["exported"] == "continued" else 0.0
     networks = {
@@ -137,11 +140,15 @@ def measured(arguments: argparse.Namespace, name: str, seed: int) -> list[Row]:
     return [row | few_labels(networks, exam)]
 
 
-def sizes_of(arguments: argparse.Namespace, recipe: PretrainRecipe) -> tuple[int, ...]:
-    """Sizes that all networks are read at, of which each takes its best."""
-    _, info = build_network(arguments.start, checkpoint=arguments.checkpoint)
-    side = recipe.data.image_size or arguments.side or info.size
-    return sizes_for(info, recipe.crops.global_size, side)
+def sizes_of(folder: RunFolder, recipe: PretrainRecipe) -> tuple[int, ...]:
+    """Sizes that the gate read at, of which each network takes its best here as well.
+
+    That of the crops where the gate had too few labels to read anything.
+    """
+    path = folder.path / "candidates" / "start.json"
+    if not path.exists():
+        return (recipe.crops.global_size,)
+    return tuple(int(size) for size in json.loads(path.read_text(encoding="utf-8"))["scores"])
 
 
 def examination(recipe: PretrainRecipe) -> LabelledSet:
@@ -170,7 +177,7 @@ def examination(recipe: PretrainRecipe) -> LabelledSet:
 
 def start_of(arguments: argparse.Namespace, exam: LabelledSet, sizes: Sequence[int]) -> Look:
     """What the test part says of the start, which is the same for all runs."""
-    path = arguments.out / "start.json"
+    path = arguments.out / f"start_{'_'.join(map(str, sizes))}.json"
     if path.exists():
         held = Look.from_json(json.loads(path.read_text(encoding="utf-8")))
         if held.labelled == exam.digest and tuple(held.scores) == tuple(sizes):
@@ -212,21 +219,24 @@ def table(rows: Sequence[Row]) -> str:
     header = ["variant"]
     for title in NAMES.values():
         header += [f"{title}, %", "less start"]
-    header += ["both less start, each seed (95 % interval over test images)", "gate said", "export"]
+    header += ["both less start, each seed (95 % interval over test images)"]
+    header += ["the same, the start at the result's size", "gate said", "export"]
     lines = []
     first = [row for row in rows if row["seed"] == min(r["seed"] for r in rows)][:1]
     for row in first:
         line = ["start, frozen"]
         for metric in NAMES:
             line += [f"{100 * row[f'start_{metric}']:.1f}", ""]
-        lines.append([*line, "", "", ""])
+        lines.append([*line, "", "", "", ""])
     for name in dict.fromkeys(row["variant"] for row in rows):
         own = [row for row in rows if row["variant"] == name]
         line = [name]
         for metric in NAMES:
             now, start = values(own, metric), values(own, f"start_{metric}")
             line += [mean_cell(now), paired_cell(now, start)]
-        line.append("; ".join(span(row) for row in own))
+        line.append("; ".join(span(row["gain"], row["low"], row["high"]) for row in own))
+        same = [span(*(row[f"same_size{end}"] for end in ("", "_low", "_high"))) for row in own]
+        line.append("; ".join(same))
         # A network from nothing is gated against its own random start, which says nothing here.
         gated = [] if name == "scratch" else own
         line.append("; ".join(f"{row['gate']}" for row in gated))
@@ -254,11 +264,11 @@ def few_table(rows: Sequence[Row]) -> str:
     return markdown(header, lines)
 
 
-def span(row: Row) -> str:
+def span(gain: float, low: float | None, high: float | None) -> str:
     """A difference with its interval, in hundredths."""
-    if row["low"] is None:  # too few groups of images, or too few answered otherwise
-        return f"{100 * row['gain']:+.1f}"
-    return f"{100 * row['gain']:+.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})"
+    if low is None or high is None:  # too few groups of images, or too few answered otherwise
+        return f"{100 * gain:+.1f}"
+    return f"{100 * gain:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from dino_adapters.pretrain.gate import (
     CANDIDATES,
     GATE,
     Choice,
+    Verdict,
     agreed,
     change_of_selection,
     delivered,
@@ -121,11 +122,11 @@ class Candidates:
         first, verdict = self.first_look(), unlabelled(self.run.notices)
         if self.labelled is not None and first is not None:
             last = self._look_at(CONTINUED, self.labelled, self.sizes)
-            verdict = judge(first, last, self.labelled)
+            verdict = rival = self._compared(first, last, self.labelled)
             if last.size != first.size:
-                rival = self._look_at(START, self.labelled, (last.size,))
-                verdict = agreed(verdict, judge(rival, last, self.labelled))
-            verdict = unopposed(verdict, change_of_selection(first, last, self.labelled))
+                start = self._look_at(START, self.labelled, (last.size,))
+                rival = self._compared(start, last, self.labelled)
+            verdict = agreed(verdict, rival)
             resize_export(self.continued, last.size)
         choice = delivered(verdict, gate)
         sentence = f"{verdict.sentence} {delivery_sentence(verdict, gate)}"
@@ -135,6 +136,11 @@ class Candidates:
         if choice == START and first is not None:  # the candidate stays as it came
             resize_export(self.folder.export, first.size)
         LOGGER.info("%s", sentence)
+
+    def _compared(self, start: Look, last: Look, labelled: LabelledSet) -> Verdict:
+        """One reading of the start against the result."""
+        verdict, change = judge(start, last, labelled), change_of_selection(start, last, labelled)
+        return unopposed(verdict, change, seen=labelled.seen)
 
     def _look_at(self, candidate: str, labelled: LabelledSet, sizes: Sequence[int]) -> Look:
         network, info = build_network(self.path / candidate)

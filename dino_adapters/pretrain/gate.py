@@ -37,8 +37,9 @@ class Verdict:
     """How a run's network compares with its start. Shares of 1; `x 100` is points.
 
     Attributes:
-        kind: `better` and `worse` where the whole interval is on one side of 0, `same` where no
-            difference is shown, `unknown` without labels or with too few groups of images.
+        kind: `better` and `worse` where the whole interval is on one side of 0; `same` where no
+            difference is shown, or where two readings of the start, or the images of the verdict
+            and those chosen by, disagree; `unknown` without labels or with too few groups.
         difference: Balanced accuracy now less that of the start, k-NN and linear probe averaged;
             None without labels.
         low: Lower end of its 95 % interval over other queries of the same kind, this run and the
@@ -51,6 +52,8 @@ class Verdict:
         groups: Groups that they make.
         sizes: Sides in pixels that the start and the network now were read at; None without labels.
         sentence: All of this in words.
+        chosen_by: Difference, lower and upper end on the images that reading size and best look
+            were chosen by; they flatter both networks.
     """
 
     kind: Literal["better", "same", "worse", "unknown"]
@@ -63,11 +66,12 @@ class Verdict:
     groups: int
     sizes: tuple[int, int] | None
     sentence: str
+    chosen_by: tuple[float, float | None, float | None] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """JSON-safe."""
         told = asdict(self)
-        for name in ("knn", "linear", "sizes"):
+        for name in ("knn", "linear", "sizes", "chosen_by"):
             told[name] = None if told[name] is None else list(told[name])
         return told
 
@@ -162,26 +166,27 @@ def agreed(own: Verdict, same_size: Verdict) -> Verdict:
     return replace(own, kind="same", sentence=sentence)
 
 
-def unopposed(verdict: Verdict, chosen_by: Paired) -> Verdict:
+def unopposed(verdict: Verdict, chosen_by: Paired, *, seen: bool) -> Verdict:
     """A gain stands only where the images that the result was chosen by do not show a loss.
 
-    They flatter the result, which is the best of several looks at them. Where even they fall, the
-    images of the verdict are of one kind that gained, and others lost.
+    Conservative: this can only turn `better` into `same`. The interval takes answers about left-out
+    groups as independent, which they are not quite; with too few groups, or too few that changed,
+    there is none, and nothing is opposed.
 
     Args:
         verdict: From the images that nothing was chosen on.
-        chosen_by: The same two networks on those that were chosen by.
+        chosen_by: The same two networks, at the same sizes, on those that were chosen by.
+        seen: Whether training reads the images of the verdict, too.
     """
+    loss = (chosen_by.difference, chosen_by.low, chosen_by.high)
+    verdict = replace(verdict, chosen_by=loss)
     if verdict.kind != "better" or chosen_by.high is None or chosen_by.high >= 0:
         return verdict
-    assert verdict.difference is not None
-    assert chosen_by.low is not None
-    low, high = 100 * chosen_by.low, 100 * chosen_by.high
     sentence = (
-        f"No difference to the start is shown: {100 * verdict.difference:+.1f} points on "
-        f"{verdict.queries} images that nothing was chosen on, and "
-        f"{100 * chosen_by.difference:+.1f} (95 % interval {low:+.1f} to {high:+.1f}) on the "
-        f"{chosen_by.queries} that this network was chosen by."
+        f"No difference to the start is shown: {_told(*_numbers(verdict))} on "
+        f"{_images(verdict, seen=seen)}, but {_told(*loss)} on the {chosen_by.queries} that "
+        f"reading size and best look were chosen by (k-NN and linear probe averaged, "
+        f"{_sizes(verdict)})."
     )
     return replace(verdict, kind="same", sentence=sentence)
 
@@ -297,15 +302,8 @@ def _kind(found: Paired) -> Literal["better", "same", "worse", "unknown"]:
 
 def _sentence(found: Verdict, changed: int, *, seen: bool) -> str:
     assert found.difference is not None
-    assert found.sizes is not None
     points = f"{100 * found.difference:+.1f} points"
-    images = f"{found.queries} images"
-    images += f" in {found.groups} groups" if found.groups < found.queries else ""
-    # Training may have seen the images themselves, as it does without a split.
-    nothing = "whose labels nothing was chosen by" if seen else "that nothing was chosen on"
-    before, now = found.sizes
-    sizes = f"read at {now} px" + (f" and the start at {before} px" if before != now else "")
-    what = f"k-NN and linear probe averaged, {sizes}, {images} {nothing}"
+    what = f"k-NN and linear probe averaged, {_sizes(found)}, {_images(found, seen=seen)}"
     if found.kind == "unknown":
         return (
             f"Whether this is better than the start stays open: {points}, and over {found.groups} "
@@ -322,5 +320,31 @@ def _sentence(found: Verdict, changed: int, *, seen: bool) -> str:
         "worse": "Worse than the start",
         "same": "No difference to the start is shown",
     }[found.kind]
-    low, high = 100 * found.low, 100 * found.high
-    return f"{said}: {points} (95 % interval {low:+.1f} to {high:+.1f}; {what})."
+    return f"{said}: {_told(*_numbers(found), what)}."
+
+
+def _numbers(found: Verdict) -> tuple[float, float | None, float | None]:
+    assert found.difference is not None
+    return found.difference, found.low, found.high
+
+
+def _told(difference: float, low: float | None, high: float | None, what: str = "") -> str:
+    assert low is not None
+    assert high is not None
+    interval = f"95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
+    return f"{100 * difference:+.1f} points ({'; '.join(filter(None, (interval, what)))})"
+
+
+def _images(found: Verdict, *, seen: bool) -> str:
+    images = f"{found.queries} images"
+    images += f" in {found.groups} groups" if found.groups < found.queries else ""
+    # Training may have seen the images themselves, as it does without a split.
+    return f"{images} " + (
+        "whose labels nothing was chosen by" if seen else "that nothing was chosen on"
+    )
+
+
+def _sizes(found: Verdict) -> str:
+    assert found.sizes is not None
+    before, now = found.sizes
+    return f"read at {now} px" + (f" and the start at {before} px" if before != now else "")

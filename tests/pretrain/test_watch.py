@@ -125,6 +125,27 @@ def test_the_gate_exports_what_the_verdict_says(told, tmp_path, monkeypatch, kin
     assert found["sentence"] in caplog.text
 
 
+def test_a_gain_on_a_fallen_gallery_exports_the_start(told, tmp_path, monkeypatch):
+    judge, change = candidates.judge, candidates.change_of_selection
+    interval = {"difference": 0.2, "low": 0.1, "high": 0.3}
+
+    def gained(*given):
+        return replace(judge(*given), kind="better", **interval)
+
+    def fell(*given):
+        return replace(change(*given), difference=-0.1, low=-0.2, high=-0.05)
+
+    monkeypatch.setattr(candidates, "judge", gained)
+    monkeypatch.setattr(candidates, "change_of_selection", fell)
+    folder = RunFolder(tmp_path / "run")
+    pretrain(told(gate={}), folder, quiet=True)
+    found = json.loads((folder.path / "gate.json").read_text())
+    assert (found["kind"], found["exported"]) == ("same", "start")
+    assert found["chosen_by"] == [-0.1, -0.2, -0.05]
+    assert "but -10.0 points" in found["sentence"]
+    assert equal(weights(folder.export), weights(folder.path / "candidates" / "start"))
+
+
 def test_without_labels_the_start_is_handed_back_unless_told_otherwise(tiny, tmp_path):
     recipe = tiny(gate={}, monitor=LOOKS)
     folder = RunFolder(tmp_path / "a")
