@@ -99,4 +99,19 @@ def judging(recipe: PretrainRecipe, labelled: LabelledSet | None) -> tuple[str, 
         )
     # Of a mean over queries that change by 1 or not at all.
     reach = 100 * 1.96 * math.sqrt(FEW_CHANGE / queries)
-    return (f"{counted}: an interval of about ± {reach:.1f} points, if one answer in ten changes",)
+    said = f"{counted}: an interval of about ± {reach:.1f} points, if one answer in ten changes"
+    return (said, *single_groups(labelled))
+
+
+def single_groups(labelled: LabelledSet) -> tuple[str, ...]:
+    """Says where resampling groups cannot show how much those of a class differ."""
+    held: dict[str, set[str]] = {}
+    for key in labelled.queries:
+        held.setdefault(labelled.labels[key], set()).add(labelled.groups[key])
+    alone = sorted(label for label, groups in held.items() if len(groups) == 1)
+    if not alone:
+        return ()
+    return (
+        f"{len(alone)} of {len(held)} classes have one group to judge on (first: '{alone[0]}'), so "
+        "the interval cannot know how much groups of a class differ. Label more groups of them.",
+    )
