@@ -58,6 +58,7 @@ STOCK: dict[str, Any] = {
 VARIANTS = ("naive", "ours", "lora", "scratch")
 NAMES = {"knn": "k-NN", "linear": "linear probe"}
 SHOTS = (1, 5, 10)
+FEW = {f"shot_{shot}": f"{shot}-shot" for shot in SHOTS}
 DRAWS = 20
 
 
@@ -208,7 +209,7 @@ def few_labels(networks: dict[str, tuple[Path | str, str | None, int]], exam: La
     few = evaluate_shots(vectors, keys, exam.labels, exam.groups, split, shots=SHOTS, draws=DRAWS)
     row: Row = {}
     for shot in SHOTS:
-        row[f"start_{shot}"], row[f"shot_{shot}"] = (
+        row[f"start_shot_{shot}"], row[f"shot_{shot}"] = (
             few.interval(name, shot)[0] for name in ("start", "now")
         )
     return row
@@ -216,52 +217,46 @@ def few_labels(networks: dict[str, tuple[Path | str, str | None, int]], exam: La
 
 def table(rows: Sequence[Row]) -> str:
     """A line a variant: means over seeds, differences on the test part, and the gate's word."""
-    header = ["variant"]
-    for title in NAMES.values():
-        header += [f"{title}, %", "less start"]
-    header += ["both less start, each seed (95 % interval over test images)"]
-    header += ["the same, the start at the result's size", "gate said", "export"]
-    lines = []
-    first = [row for row in rows if row["seed"] == min(r["seed"] for r in rows)][:1]
-    for row in first:
-        line = ["start, frozen"]
-        for metric in NAMES:
-            line += [f"{100 * row[f'start_{metric}']:.1f}", ""]
-        lines.append([*line, "", "", "", ""])
-    for name in dict.fromkeys(row["variant"] for row in rows):
-        own = [row for row in rows if row["variant"] == name]
-        line = [name]
-        for metric in NAMES:
-            now, start = values(own, metric), values(own, f"start_{metric}")
-            line += [mean_cell(now), paired_cell(now, start)]
+    header, (start, *lines) = compared(rows, NAMES)
+    header += [
+        "both less start, each seed (95 % interval over test images)",
+        "the same, the start at the result's size",
+        "gate said",
+        "export",
+    ]
+    start += [""] * 4
+    for line in lines:
+        own = [row for row in rows if row["variant"] == line[0]]
         line.append("; ".join(span(row["gain"], row["low"], row["high"]) for row in own))
         same = [span(*(row[f"same_size{end}"] for end in ("", "_low", "_high"))) for row in own]
         line.append("; ".join(same))
         # A network from nothing is gated against its own random start, which says nothing here.
-        gated = [] if name == "scratch" else own
+        gated = [] if line[0] == "scratch" else own
         line.append("; ".join(f"{row['gate']}" for row in gated))
         line.append("; ".join(f"{row['exported']}" for row in gated))
-        lines.append(line)
-    return markdown(header, lines)
+    return markdown(header, [start, *lines])
 
 
 def few_table(rows: Sequence[Row]) -> str:
     """A line a variant: nearest class mean on few labels, and what continuing changed in it."""
-    header = ["variant"]
-    for shot in SHOTS:
-        header += [f"{shot}-shot, %", "less start"]
-    line = ["start, frozen"]
-    for shot in SHOTS:
-        line += [f"{100 * rows[0][f'start_{shot}']:.1f}", ""]
-    lines = [line]
+    return markdown(*compared(rows, FEW))
+
+
+def compared(rows: Sequence[Row], names: dict[str, str]) -> tuple[list[str], list[list[str]]]:
+    """A header, a line for the start and one a variant: two cells for each named metric."""
+    header, start = ["variant"], ["start, frozen"]
+    for metric, title in names.items():
+        header += [f"{title}, %", "less start"]
+        start += [f"{100 * rows[0][f'start_{metric}']:.1f}", ""]
+    lines = [start]
     for name in dict.fromkeys(row["variant"] for row in rows):
         own = [row for row in rows if row["variant"] == name]
         line = [name]
-        for shot in SHOTS:
-            now, start = values(own, f"shot_{shot}"), values(own, f"start_{shot}")
-            line += [mean_cell(now), paired_cell(now, start)]
+        for metric in names:
+            now, before = values(own, metric), values(own, f"start_{metric}")
+            line += [mean_cell(now), paired_cell(now, before)]
         lines.append(line)
-    return markdown(header, lines)
+    return header, lines
 
 
 def span(gain: float, low: float | None, high: float | None) -> str:

@@ -8,7 +8,7 @@ Reached:  see pretrain/README.md.
 WEIGHTS is anything that load_backbone opens (the README has a table); without it, a small public CNN
 (extra `demo`), which trains without iBOT. New heads learn first, on a backbone that stands still; then
 its rate rises from 0. At the end stands "better", "no difference", "worse" or, with too few labels,
-"open", with an interval, and export/ holds the better of the two.
+"open", with an interval; export/ holds the start, unless the continued one was shown to be better.
 
 Overhead images want crops.vertical_flip=true; networks with patches of 14 px want
 crops.global_size=126 crops.local_size=70.

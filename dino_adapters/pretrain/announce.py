@@ -100,10 +100,10 @@ def judging(recipe: PretrainRecipe, labelled: LabelledSet | None) -> tuple[str, 
     # Of a mean over queries that change by 1 or not at all.
     reach = 100 * 1.96 * math.sqrt(FEW_CHANGE / queries)
     said = f"{counted}: an interval of about ± {reach:.1f} points, if one answer in ten changes"
-    return (said, *single_groups(labelled))
+    return (said, *_single_groups(labelled))
 
 
-def single_groups(labelled: LabelledSet) -> tuple[str, ...]:
+def _single_groups(labelled: LabelledSet) -> tuple[str, ...]:
     """Says where resampling groups cannot show how much those of a class differ."""
     held: dict[str, set[str]] = {}
     for key in labelled.queries:

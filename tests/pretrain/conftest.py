@@ -7,7 +7,9 @@ from PIL import Image
 
 from dino_adapters.pretrain import checkpoint, loop, pretrain
 from dino_adapters.pretrain.flat_state import unflatten
+from dino_adapters.pretrain.labelled import LabelledSet, Squares
 from dino_adapters.recipes.pretrain import PretrainRecipe
+from dino_adapters.runtime.console import Notices
 from dino_adapters.runtime.world import ALONE
 
 TINY = {
@@ -51,6 +53,36 @@ def tiny(photographs):
         if "distill" in changes and "model" not in changes:
             del told["model"]
         return PretrainRecipe.model_validate(merged(told, changes))
+
+    return make
+
+
+@pytest.fixture
+def labelled_of():
+    """Makes a labelled set without images: queries, and where asked as many to choose by."""
+
+    def make(labels, groups, *, gallery=False, seen=False):
+        parts = {
+            part: tuple(f"{part}{index:04d}" for index in range(len(labels)))
+            for part in (("g", "q") if gallery else ("q",))
+        }
+        given = list(zip(labels, groups, strict=True))
+        return LabelledSet(
+            source=None,  # pyright: ignore[reportArgumentType]
+            gallery=parts.get("g", ()),
+            queries=parts["q"],
+            labels={key: str(given[int(key[1:])][0]) for keys in parts.values() for key in keys},
+            groups={
+                key: f"{part}{given[int(key[1:])][1]}"
+                for part, keys in parts.items()
+                for key in keys
+            },
+            seen=seen,
+            squares=Squares(None, Notices()),  # pyright: ignore[reportArgumentType]
+            workers=0,
+            max_unreadable=0.1,
+            notices=Notices(),
+        )
 
     return make
 

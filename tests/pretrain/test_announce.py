@@ -3,26 +3,7 @@
 import pytest
 
 from dino_adapters.pretrain.announce import judging
-from dino_adapters.pretrain.labelled import LabelledSet, Squares
 from dino_adapters.recipes.pretrain import PretrainRecipe
-from dino_adapters.runtime.console import Notices
-
-
-def make(groups):
-    """Images of the classes a and b in turn, one to choose by and one to judge on of each group."""
-    keys = [f"{part}{index:03d}" for part in "gq" for index in range(len(groups))]
-    return LabelledSet(
-        source=None,  # pyright: ignore[reportArgumentType]
-        gallery=tuple(keys[: len(groups)]),
-        queries=tuple(keys[len(groups) :]),
-        labels={key: "ab"[int(key[1:]) % 2] for key in keys},
-        groups={key: f"{key[0]}{groups[int(key[1:])]}" for key in keys},
-        seen=False,
-        squares=Squares(None, Notices()),  # pyright: ignore[reportArgumentType]
-        workers=0,
-        max_unreadable=0.1,
-        notices=Notices(),
-    )
 
 
 @pytest.fixture
@@ -32,7 +13,15 @@ def recipe():
     )
 
 
-def test_how_much_the_labels_can_show(recipe):
+@pytest.fixture
+def make(labelled_of):
+    """Images of the classes a and b in turn, one to choose by and one to judge on of each group."""
+    return lambda groups: labelled_of(
+        ["ab"[i % 2] for i in range(len(groups))], groups, gallery=True
+    )
+
+
+def test_how_much_the_labels_can_show(recipe, make):
     (said,) = judging(recipe, make(range(40)))
     # 1.96 standard errors of a mean of 40 numbers of which one in ten is 1 or -1.
     assert said == (
@@ -43,7 +32,7 @@ def test_how_much_the_labels_can_show(recipe):
     assert "40 to judge on in 10 groups: an interval" in said
 
 
-def test_a_class_of_one_group_cannot_show_how_groups_differ(recipe):
+def test_a_class_of_one_group_cannot_show_how_groups_differ(recipe, make):
     groups = ["all" if index % 2 else str(index) for index in range(40)]
     _, said = judging(recipe, make(groups))
     assert said.startswith(
@@ -51,7 +40,7 @@ def test_a_class_of_one_group_cannot_show_how_groups_differ(recipe):
     )
 
 
-def test_too_few_groups_and_none(recipe):
+def test_too_few_groups_and_none(recipe, make):
     (said,) = judging(recipe, make([index % 6 for index in range(40)]))
     assert "the gate needs 10 groups to show a difference" in said
     (said,) = judging(recipe, None)

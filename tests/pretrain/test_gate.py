@@ -31,30 +31,13 @@ from dino_adapters.pretrain.gate import (
     unlabelled,
     unopposed,
 )
-from dino_adapters.pretrain.labelled import TOO_FEW, LabelledSet, Squares, labelled_set
+from dino_adapters.pretrain.labelled import TOO_FEW, labelled_set
 from dino_adapters.pretrain.probe import Look
 from dino_adapters.recipes.pretrain import PretrainRecipe
 from dino_adapters.recipes.running import GateRecipe
 from dino_adapters.runtime.console import Notices
 
 COUNTS = {"cat": 240, "dog": 120, "owl": 60}
-
-
-def make(labels, groups, seen=False):
-    """A labelled set of queries alone, from arrays."""
-    keys = tuple(f"{index:04d}" for index in range(len(labels)))
-    return LabelledSet(
-        source=None,  # pyright: ignore[reportArgumentType]
-        gallery=(),
-        queries=keys,
-        labels=dict(zip(keys, map(str, labels), strict=True)),
-        groups=dict(zip(keys, map(str, groups), strict=True)),
-        seen=seen,
-        squares=Squares(None, Notices()),  # pyright: ignore[reportArgumentType]
-        workers=0,
-        max_unreadable=0.1,
-        notices=Notices(),
-    )
 
 
 def look_of(answers, labelled, held_out=None, answered=None):
@@ -131,7 +114,7 @@ def test_planted_networks_get_their_verdict(images, start, now, kind):
     ("groups", "size", "classes", "pure"),
     [(12, 5, 3, False), (21, 10, 21, True), (60, 4, 5, False)],
 )
-def test_equal_networks_are_seldom_called_better(groups, size, classes, pure):
+def test_equal_networks_are_seldom_called_better(labelled_of, groups, size, classes, pure):
     """Two draws of one law, with a common difficulty and each with its own luck in every group.
 
     A class that is one group is the hard case: averaging over the classes of a resample, as
@@ -142,7 +125,7 @@ def test_equal_networks_are_seldom_called_better(groups, size, classes, pure):
     for seed in range(200):
         rng = np.random.default_rng([seed, groups])
         labels = number % classes if pure else rng.integers(0, classes, len(number))
-        images = make(labels, number)
+        images = labelled_of(labels, number)
         item = 1 + 1.5 * rng.normal(size=len(number)) + rng.normal(size=groups)[number]
         pair = []
         for _ in range(2):
@@ -185,10 +168,10 @@ def test_the_difference_is_of_balanced_accuracy(images):
     assert turned.kind == "worse"
 
 
-def test_rare_classes_weigh_as_much_as_others():
+def test_rare_classes_weigh_as_much_as_others(labelled_of):
     """Better on five images of the rare class, worse on five of forty-five of the other."""
     labels = np.array(["a"] * 45 + ["b"] * 5)
-    images = make(labels, np.arange(50))
+    images = labelled_of(labels, np.arange(50))
     start, now = np.ones((2, 50), bool), np.ones((2, 50), bool)
     start[:, 45:] = False
     now[:, :5] = False
@@ -197,8 +180,8 @@ def test_rare_classes_weigh_as_much_as_others():
     assert verdict.kind == "better"
 
 
-def test_images_that_one_look_could_not_read_count_for_neither():
-    images = make(np.tile(["a", "b"], 20), np.arange(40))
+def test_images_that_one_look_could_not_read_count_for_neither(labelled_of):
+    images = labelled_of(np.tile(["a", "b"], 20), np.arange(40))
     there = np.arange(40) >= 10
     start = look_of(np.ones((2, 40)), images)
     now = look_of(np.tile(there, (2, 1)), images, answered=there)
@@ -206,15 +189,15 @@ def test_images_that_one_look_could_not_read_count_for_neither():
     assert (verdict.difference, verdict.queries, verdict.kind) == (0.0, 30, "same")
 
 
-def test_few_groups_leave_it_open():
-    images = make(np.tile(["a", "b"], 30), np.arange(60) // 7)
+def test_few_groups_leave_it_open(labelled_of):
+    images = labelled_of(np.tile(["a", "b"], 30), np.arange(60) // 7)
     start, now = look_of(np.zeros((2, 60)), images), look_of(np.ones((2, 60)), images)
     verdict = judge(start, now, images)
     assert (verdict.kind, verdict.low, verdict.high, verdict.groups) == ("unknown", None, None, 9)
     assert verdict.difference == 1.0
     assert "+100.0 points, and over 9 groups of images an interval would be" in verdict.sentence
     assert verdict.sentence.endswith("10 are needed: label images of more groups.")
-    ten = make(np.tile(["a", "b"], 30), np.arange(60) // 6)
+    ten = labelled_of(np.tile(["a", "b"], 30), np.arange(60) // 6)
     verdict = judge(look_of(np.zeros((2, 60)), ten), look_of(np.ones((2, 60)), ten), ten)
     assert verdict.kind == "better"
 
@@ -227,8 +210,8 @@ def test_few_groups_get_a_wider_interval():
     assert tails[10] < 0.009
 
 
-def test_sentences():
-    images = make(np.tile(["a", "b"], 30), np.arange(60) // 2)
+def test_sentences(labelled_of):
+    images = labelled_of(np.tile(["a", "b"], 30), np.arange(60) // 2)
     rng = np.random.default_rng(0)
     start, now = look_of(rng.random((2, 60)) < 0.3, images), look_of(np.ones((2, 60)), images)
     verdict = judge(start, now, images)
@@ -241,16 +224,16 @@ def test_sentences():
     )
     assert judge(now, start, images).sentence.startswith("Worse than the start: -")
     assert judge(now, now, images).sentence.startswith("No difference to the start is shown: +0.0")
-    alone = make(np.tile(["a", "b"], 30), np.arange(60), seen=True)
+    alone = labelled_of(np.tile(["a", "b"], 30), np.arange(60), seen=True)
     said = judge(look_of(start.answers, alone), look_of(now.answers, alone), alone).sentence
     assert said.endswith("60 images whose labels nothing was chosen by).")
     larger = judge(replace(start, size=24), now, images).sentence
     assert "read at 16 px and the start at 24 px, 60 images" in larger
 
 
-def test_a_change_of_size_is_no_gain():
+def test_a_change_of_size_is_no_gain(labelled_of):
     """The start, read at the size that suits the result, has as many right: nothing was won."""
-    images = make(np.tile(["a", "b"], 60), np.arange(120))
+    images = labelled_of(np.tile(["a", "b"], 60), np.arange(120))
     rng = np.random.default_rng(0)
     own = replace(look_of(rng.random((2, 120)) < 0.5, images), size=24)
     rival, now = (look_of(rng.random((2, 120)) < 0.8, images) for _ in range(2))
@@ -265,8 +248,8 @@ def test_a_change_of_size_is_no_gain():
     assert both.sentence.startswith("No difference to the start is shown: one reading")
 
 
-def test_of_two_gains_the_smaller_is_told():
-    images = make(np.tile(["a", "b"], 60), np.arange(120))
+def test_of_two_gains_the_smaller_is_told(labelled_of):
+    images = labelled_of(np.tile(["a", "b"], 60), np.arange(120))
     rng = np.random.default_rng(0)
     poor, fair = (look_of(rng.random((2, 120)) < share, images) for share in (0.3, 0.6))
     now = look_of(np.ones((2, 120)), images)
@@ -275,9 +258,9 @@ def test_of_two_gains_the_smaller_is_told():
     assert agreed(*verdicts) == agreed(*verdicts[::-1]) == verdicts[1]
 
 
-def test_a_gain_that_the_gallery_contradicts_is_not_shown():
+def test_a_gain_that_the_gallery_contradicts_is_not_shown(labelled_of):
     """One kind of image gained, and those that the result was chosen by, of many kinds, lost."""
-    images = make(np.tile(["a", "b"], 60), np.arange(120))
+    images = labelled_of(np.tile(["a", "b"], 60), np.arange(120))
     right, wrong = look_of(np.ones((2, 120)), images), look_of(np.zeros((2, 120)), images)
     better, worse = judge(wrong, right, images), judge(right, wrong, images)
     fall, gain = (
@@ -311,9 +294,9 @@ def test_a_gain_that_the_gallery_contradicts_is_not_shown():
 
 
 @pytest.mark.parametrize("changed", [0, 1, 4, 5, 6])
-def test_few_changed_groups_show_nothing(changed):
+def test_few_changed_groups_show_nothing(labelled_of, changed):
     """Five of five for the better happen by chance in one case of sixteen, both sides counted."""
-    images = make(np.tile(["a", "b"], 60), np.arange(120))
+    images = labelled_of(np.tile(["a", "b"], 60), np.arange(120))
     before = np.zeros((2, 120), dtype=bool)
     after = before.copy()
     after[:, :changed] = True
@@ -325,8 +308,11 @@ def test_few_changed_groups_show_nothing(changed):
         assert f"only {changed} of 120 groups of images are answered otherwise" in verdict.sentence
 
 
-def test_looks_at_other_images_are_refused():
-    images, others = make(list("ab" * 30), range(60)), make(list("ba" * 30), range(60))
+def test_looks_at_other_images_are_refused(labelled_of):
+    images, others = (
+        labelled_of(list("ab" * 30), range(60)),
+        labelled_of(list("ba" * 30), range(60)),
+    )
     with pytest.raises(DataError, match="different labelled images"):
         judge(look_of(np.ones((2, 60)), images), look_of(np.ones((2, 60)), others), images)
 
