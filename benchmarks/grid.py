@@ -30,7 +30,7 @@ FEW_IMAGES: dict[str, dict[str, Any]] = {
     "optim": {"lr": 1e-3},
 }
 """Settings with which a micro ViT learns something in hundreds of steps on hundreds of images."""
-NOT_SETTINGS = ("out", "seeds", "jobs", "variants")
+NOT_SETTINGS = ("out", "seeds", "jobs", "variants", "batches", "prototypes")
 """Arguments that say which runs are made, and not what a run is."""
 
 

@@ -35,9 +35,10 @@ def main(words: Sequence[str] | None = None) -> None:
     reader.add_argument("--steps", type=int, default=300)
     reader.add_argument("--sizes", type=int, nargs="+", default=[64, 96], help="to read at")
     reader.add_argument("--batches", type=int, nargs="+", default=[8, 32, 64])
-    reader.add_argument("--large", type=int, default=LARGE, help="the fixed K")
+    reader.add_argument("--prototypes", nargs="+", default=["auto", f"{LARGE}"], help="K, or auto")
     arguments = reader.parse_args(words)
-    runs = [(batch, k) for batch in arguments.batches for k in ("auto", arguments.large)]
+    ks = [int(k) if k.isdecimal() else k for k in arguments.prototypes]
+    runs = [(batch, k) for batch in arguments.batches for k in ks]
     tasks = {
         f"{batch}_{k}_{seed}": (batch, k, seed)
         for seed in range(arguments.seeds)

@@ -119,7 +119,7 @@ def test_phases(images, script, capsys):
 def test_small_batch(images, script, capsys):
     words = ["--data", images / "images", "--labels", "folder", "--split", images / "split.json"]
     words += ["--out", images / "out", "--sizes", 32, "--seeds", 1, "--steps", 2]
-    script("small_batch", *words, "--batches", 2, 4, "--large", 512)
+    script("small_batch", *words, "--batches", 2, 4, "--prototypes", "auto", 512)
     *trained, untrained = result(images / "out")
     assert [row["batch"] for row in trained] == [2, 2, 4, 4]
     assert [row["k"] for row in trained if row["prototypes"] != "auto"] == [512, 512]
