@@ -24,8 +24,8 @@ CENTRE_MEAN, CENTRE_STD = 0.5, 0.25
 
 UNTRAINED = (
     "The filters of some bands were spread from others and never trained. Frozen networks lose by "
-    "that in 16 of 17 published comparisons (torchgeo-bench: mean -3.9 points, worst -21.1): train "
-    "it first, or use the RGB bands alone"
+    "that in 16 of 17 published comparisons (torchgeo-bench: mean -3.9 points, worst -21.1). Bands "
+    "that are named red, green and blue keep theirs; train the others, or leave them out"
 )
 
 

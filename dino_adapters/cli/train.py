@@ -208,7 +208,7 @@ def pretrain(
 
 def show_pretrained(folder: RunFolder, exported: Path, *, json: bool, quiet: bool) -> None:
     """Where the result is, what the gate said, and what to do with it."""
-    from dino_adapters.pretrain.gate import GATE
+    from dino_adapters.pretrain.gate import GATE, NAMES
 
     rows = [folder, *folder.phases.values()][-1].rows_with("loss")
     gate = folder.path / GATE
@@ -217,11 +217,12 @@ def show_pretrained(folder: RunFolder, exported: Path, *, json: bool, quiet: boo
         found = {"run": str(folder.path), "export": str(exported)}
         screen.as_json(found | {"last": rows[-1] if rows else {}, "verdict": verdict})
         return
+    kind = NAMES[verdict["exported"]] if verdict else "a frozen backbone"
     exports = sorted(card.parent for card in exported.rglob("card.json"))
     screen.say(
         # Among the messages already, unless these are off.
         *([verdict["sentence"]] if verdict and quiet else []),
-        *(f"A frozen backbone is in {path}." for path in exports),
+        *(f"{kind[0].upper()}{kind[1:]} is in {path}." for path in exports),
         f"Next: dino-adapters report {folder.path}",
         f"      dino-adapters embed {exports[0]} DATA --out {folder.path / 'features'}",
     )

@@ -85,7 +85,7 @@ def _on_unreadable(looks: Sequence[Look]) -> list[str]:
             f"{found}, which is {100 * share:.0f} %. Runs stop above {100 * MOST_UNREADABLE:.0f} "
             f"%: remove them, or set data.max_unreadable={allowed:g}."
         ]
-    return [f"{found}; they are skipped, counted and named in every run."]
+    return [f"{found}; a run that meets them skips, counts and names them."]
 
 
 def _on_units(good: Sequence[Look]) -> list[str]:

@@ -66,3 +66,9 @@ def _as_text(head: bytes) -> str:
     if not all(letter.isprintable() or letter.isspace() for letter in text):
         return ""
     return " ".join(text.split())[:40]
+
+
+def problem_of(key: str, error: Exception) -> str:
+    """A file and what is wrong with it, each said once, to stand in a list."""
+    text = str(error).rstrip(".")
+    return text if text.startswith(key) else f"{key}: {text}"

@@ -91,7 +91,11 @@ def read_table(
         DataError: the file is absent, not UTF-8 text, or lacks a column.
     """
     if not path.is_file():
-        raise DataError(f"There is no table {path}. Give a CSV file with the column path.")
+        columns = " and ".join(("path", *needed))
+        raise DataError(
+            f"There is no table {path}. Give a CSV file with the "
+            f"column{'s' if needed else ''} {columns}."
+        )
     try:
         with path.open(encoding="utf-8-sig", newline="") as opened:
             mark = _separator(opened.readline())

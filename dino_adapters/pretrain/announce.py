@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dino_adapters.contracts import BackboneInfo
 from dino_adapters.pretrain.delivery import method_of
 from dino_adapters.pretrain.gate import LEAST_GROUPS
-from dino_adapters.pretrain.labelled import LabelledSet
+from dino_adapters.pretrain.labelled import LabelledSet, too_few
 from dino_adapters.pretrain.resolve import Reason
 from dino_adapters.pretrain.run import Run
 from dino_adapters.pretrain.schedules import scaled_rate
 from dino_adapters.recipes.pretrain import PretrainRecipe
+from dino_adapters.runtime.console import Notices
 
 LOGGER = logging.getLogger(__name__)
 FEW_CHANGE = 0.1
@@ -32,6 +33,9 @@ def announce(run: Run) -> None:
     name = run.infos[""].name
     if recipe.objective.ibot_weight > 0 and not run.learner.with_ibot and not recipe.distill:
         LOGGER.warning("%s has no mask token, so it trains without iBOT.", name)
+    if run.progress.step >= recipe.steps or run.progress.ended:
+        LOGGER.info("nothing is left to train: step %d of %d", run.progress.step, recipe.steps)
+        return
     if run.progress.step:
         LOGGER.info("going on from step %d of %d", run.progress.step, recipe.steps)
     if recipe.distill is None:
@@ -40,13 +44,13 @@ def announce(run: Run) -> None:
         LOGGER.info("%s starts from %s", name, known)
     else:
         announce_students(run.infos)
-    for line in judging(recipe, run.labelled):
+    for line in judging(recipe, run.labelled, run.notices):
         LOGGER.info("%s", line)
     divided = "" if run.world.size == 1 else f", {run.world.size} processes"
     peak = scaled_rate(recipe.optim.lr, recipe.optim.batch_size, recipe.optim.lr_rule)
     if recipe.optim.lr_rule != "none":
         LOGGER.info(
-            "the learning rate rises to %.2g: optim.lr %g by the rule %s for batches of %d",
+            "the learning rate peaks at %.2g: optim.lr %g by the rule %s for batches of %d",
             peak,
             recipe.optim.lr,
             recipe.optim.lr_rule,
@@ -79,15 +83,24 @@ def announce_students(infos: dict[str, BackboneInfo]) -> None:
             )
 
 
-def judging(recipe: PretrainRecipe, labelled: LabelledSet | None) -> tuple[str, ...]:
-    """What the verdict will be read from, and how much it can show; nothing without a gate."""
+def judging(
+    recipe: PretrainRecipe, labelled: LabelledSet | None, notices: Notices
+) -> tuple[str, ...]:
+    """What the verdict will be read from, and how much it can show; nothing without a gate.
+
+    Args:
+        recipe: of the run or phase.
+        labelled: images that its verdict is read from.
+        notices: those that `labelled_set` was given: they hold its reason, if it had one.
+    """
     if recipe.gate is None:
         return ()
     if labelled is None:
+        why = too_few(notices) or "no labelled images"
         return (
-            "The gate has no labelled images to judge by, so it will export "
+            f"The gate has nothing to judge by ({why}), so it will export "
             f"{'the start' if recipe.gate.unshown == 'start' else 'the result'}, as "
-            f"gate.unshown={recipe.gate.unshown} says. Name labels with monitor.labels.",
+            f"gate.unshown={recipe.gate.unshown} says. Label images with monitor.labels.",
         )
     queries, groups = len(labelled.queries), len(set(labelled.groups_of(labelled.queries)))
     counted = f"{len(labelled.gallery)} labelled images to choose by, {queries} to judge on"
@@ -100,6 +113,8 @@ def judging(recipe: PretrainRecipe, labelled: LabelledSet | None) -> tuple[str, 
     # Of a mean over queries that change by 1 or not at all.
     reach = 100 * 1.96 * math.sqrt(FEW_CHANGE / queries)
     said = f"{counted}: an interval of about ± {reach:.1f} points, if one answer in ten changes"
+    if groups < queries:
+        said += ", and wider where images of a group change together"
     return (said, *_single_groups(labelled))
 
 

@@ -97,7 +97,11 @@ class Candidates:
             row |= {name: gain for name, gain in gains.items() if gain is not None}
         # Not what the queries say: who tunes settings by it would choose on them.
         LOGGER.info(
-            "step %d: %.1f %% of the labelled images to choose by", done, 100 * seen.selection
+            "step %d: balanced accuracy of %.1f %% on the labelled images to choose by (k-NN and "
+            "linear probe averaged, read at %d px)",
+            done,
+            100 * seen.selection,
+            seen.size,
         )
         return seen, {f"{PREFIX}{name}": value for name, value in row.items()}
 
@@ -120,7 +124,9 @@ class Candidates:
     def judge(self, gate: GateRecipe) -> None:
         """The verdict on the best look, written down, and the export that follows from it."""
         first, verdict = self.first_look(), unlabelled(self.run.notices)
+        step = int(build_network(self.continued)[1].training["steps"])
         if self.labelled is not None and first is not None:
+            LOGGER.info("the network of step %d is read once more, to be judged", step)
             last = self._look_at(CONTINUED, self.labelled, self.sizes)
             verdict = rival = self._compared(first, last, self.labelled)
             if last.size != first.size:
@@ -129,8 +135,8 @@ class Candidates:
             verdict = agreed(verdict, rival)
             resize_export(self.continued, last.size)
         choice = delivered(verdict, gate)
-        sentence = f"{verdict.sentence} {delivery_sentence(verdict, gate)}"
-        found = verdict.as_json() | {"exported": choice, "sentence": sentence}
+        sentence = f"{verdict.sentence} {delivery_sentence(verdict, gate, step)}"
+        found = verdict.as_json() | {"exported": choice, "step": step, "sentence": sentence}
         write_json(self.folder.path / GATE, found)
         copy_export(self.path / choice, self.folder.export)
         if choice == START and first is not None:  # the candidate stays as it came

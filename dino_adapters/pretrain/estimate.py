@@ -228,6 +228,7 @@ def looking_seconds(recipe: PretrainRecipe, images: int, labelled: int, seen: Me
     """
     told, side = recipe.monitor, largest_global(recipe)
     looks = round(1 / told.every) + 1 if told.every else 2 if recipe.gate is not None else 0
-    passes = float(min(told.images, images))
-    passes += labelled * sum(size**2 for size in seen.look_sizes) / side**2
-    return looks * (passes * seen.look_seconds + labelled * seen.decode_seconds)
+    passes = sum(size**2 for size in seen.look_sizes) / side**2
+    probes = labelled * (passes * seen.look_seconds + seen.decode_seconds)
+    verdict = probes if recipe.gate is not None else 0.0
+    return looks * (min(told.images, images) * seen.look_seconds + probes) + verdict

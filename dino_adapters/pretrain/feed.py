@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dino_adapters.contracts import DataError, UnreadableFileError
+from dino_adapters.data.damage import problem_of
 from dino_adapters.data.resize import unit_range
 from dino_adapters.pretrain.kin import appearance
 from dino_adapters.runtime.chance import generator, numpy_generator
@@ -181,7 +182,7 @@ class Feed:
                 return
             self._bad.add(key)
             share = len(self._bad) / len(self.keys)
-            self.notices.add("unreadable file skipped", f"{key}: {error}")
+            self.notices.add("unreadable file skipped", problem_of(key, error))
         if share > self.max_unreadable:
             raise DataError(
                 f"{len(self._bad)} of {len(self.keys)} images cannot be read, more than "

@@ -12,12 +12,14 @@ from scipy import stats
 from dino_adapters.contracts import DataError
 from dino_adapters.measure.intervals import paired_bootstrap, units_of
 from dino_adapters.pretrain.answers import mean_recall
-from dino_adapters.pretrain.labelled import TOO_FEW, LabelledSet
+from dino_adapters.pretrain.labelled import LabelledSet, too_few
 from dino_adapters.pretrain.probe import Look
 from dino_adapters.recipes.running import GateRecipe
 from dino_adapters.runtime.console import Notices
 
 Choice = Literal["start", "continued"]
+Numbers = tuple[float, float | None, float | None]
+"""A difference, and the ends of its interval where it has one."""
 LEAST_GROUPS = 10
 """Fewer groups of images than this are not resampled: the interval would be far too short."""
 LEAST_CHANGED = 6
@@ -54,6 +56,8 @@ class Verdict:
         sentence: All of this in words.
         chosen_by: Difference, lower and upper end on the images that reading size and best look
             were chosen by; they flatter both networks.
+        same_size: The same with the start read at the size of the network now, where that is not
+            the start's own.
     """
 
     kind: Literal["better", "same", "worse", "unknown"]
@@ -66,12 +70,13 @@ class Verdict:
     groups: int
     sizes: tuple[int, int] | None
     sentence: str
-    chosen_by: tuple[float, float | None, float | None] | None = None
+    chosen_by: Numbers | None = None
+    same_size: Numbers | None = None
 
     def as_json(self) -> dict[str, Any]:
         """JSON-safe."""
         told = asdict(self)
-        for name in ("knn", "linear", "sizes", "chosen_by"):
+        for name in ("knn", "linear", "sizes", "chosen_by", "same_size"):
             told[name] = None if told[name] is None else list(told[name])
         return told
 
@@ -144,7 +149,7 @@ def change_of_selection(start: Look, now: Look, labelled: LabelledSet) -> Paired
 
 
 def agreed(own: Verdict, same_size: Verdict) -> Verdict:
-    """What both comparisons show: `better` and `worse` need both.
+    """What both comparisons show: `better` and `worse` need both; where they differ, both are told.
 
     Which size suits a network best is itself a guess from labelled images. Where the guesses for
     start and result differ, the change of size alone can look like a gain of some points.
@@ -153,17 +158,24 @@ def agreed(own: Verdict, same_size: Verdict) -> Verdict:
         own: with the start at the size that suits it best.
         same_size: with the start at the size of the result.
     """
-    if own.kind == same_size.kind:
-        if own.kind in ("better", "worse"):
-            return min(own, same_size, key=lambda one: abs(one.difference or 0.0))
+    if own.sizes == same_size.sizes:
         return own
-    if "same" in (own.kind, same_size.kind):
-        return own if own.kind == "same" else same_size
-    sentence = (
-        "No difference to the start is shown: one reading of the start is better than this network "
-        "and the other worse."
-    )
-    return replace(own, kind="same", sentence=sentence)
+    readings = [own, same_size]
+    if own.kind == same_size.kind and own.kind in ("better", "worse"):
+        found = min(readings, key=lambda one: abs(one.difference or 0.0))
+    elif "same" in (own.kind, same_size.kind):
+        found = own if own.kind == "same" else same_size
+    elif own.kind == same_size.kind:
+        found = own
+    else:
+        sentence = (
+            "No difference to the start is shown: one reading of the start is better than this "
+            "network and the other worse."
+        )
+        found = replace(own, kind="same", sentence=sentence)
+    told = readings if found not in readings else [one for one in readings if one is not found]
+    others = " ".join(f"{_told(*_numbers(one), _sizes(one))}." for one in told)
+    return replace(found, same_size=_numbers(same_size), sentence=f"{found.sentence} {others}")
 
 
 def unopposed(verdict: Verdict, chosen_by: Paired, *, seen: bool) -> Verdict:
@@ -197,11 +209,13 @@ def unlabelled(notices: Notices | None = None) -> Verdict:
     Args:
         notices: Those that `labelled_set` was given: they hold its reason, if it had one.
     """
-    lines = [] if notices is None else [line for line in notices.counts if line.startswith(TOO_FEW)]
-    reason = f"There are {lines[0]}" if lines else "Nothing is labelled"
+    line = "" if notices is None else too_few(notices)
+    reason = f"There are {line}" if line else "Nothing is labelled"
+    more = "more images, of more classes or groups," if line else "some images"
     sentence = (
-        f"{reason}, so nothing shows whether this is better than the start. Name labels, or more "
-        "of them, with monitor.labels, and their images with monitor.source where they are others."
+        f"Open: {reason[0].lower()}{reason[1:]}, so nothing shows whether this is better than the "
+        f"start. Label {more} with monitor.labels, and name them with monitor.source where they "
+        "are not among those of the run."
     )
     return Verdict("unknown", None, None, None, None, None, 0, 0, None, sentence)
 
@@ -215,14 +229,21 @@ def delivered(verdict: Verdict, gate: GateRecipe) -> Choice:
     return gate.unshown
 
 
-def delivery_sentence(verdict: Verdict, gate: GateRecipe) -> str:
-    """What is exported, why, and where the other network is."""
+def delivery_sentence(verdict: Verdict, gate: GateRecipe, step: int) -> str:
+    """What is exported, why, and where the other network is.
+
+    Args:
+        verdict: Of the run.
+        gate: What the recipe asks for.
+        step: Steps after which the continued network was taken: its best look.
+    """
     chosen = delivered(verdict, gate)
     other: Choice = "continued" if chosen == "start" else "start"
+    names = {**NAMES, "continued": f"{NAMES['continued']} of step {step:,}"}
     shown = verdict.kind in ("better", "worse")
     why = "" if shown else f", as gate.unshown={gate.unshown} asks for where no difference is shown"
     return (
-        f"Exported is {NAMES[chosen]}{why}. {NAMES[other].capitalize()} is in {CANDIDATES}/{other}."
+        f"Exported is {names[chosen]}{why}. {names[other].capitalize()} is in {CANDIDATES}/{other}."
     )
 
 
@@ -323,15 +344,15 @@ def _sentence(found: Verdict, changed: int, *, seen: bool) -> str:
     return f"{said}: {_told(*_numbers(found), what)}."
 
 
-def _numbers(found: Verdict) -> tuple[float, float | None, float | None]:
+def _numbers(found: Verdict) -> Numbers:
     assert found.difference is not None
     return found.difference, found.low, found.high
 
 
 def _told(difference: float, low: float | None, high: float | None, what: str = "") -> str:
-    assert low is not None
-    assert high is not None
-    interval = f"95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
+    interval = "no interval"
+    if low is not None and high is not None:
+        interval = f"95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
     return f"{100 * difference:+.1f} points ({'; '.join(filter(None, (interval, what)))})"
 
 

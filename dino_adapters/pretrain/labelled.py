@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dino_adapters.contracts import BackboneInfo, UnreadableFileError
 from dino_adapters.data import ImageSource, open_source
+from dino_adapters.data.damage import problem_of
 from dino_adapters.data.labels import read_labels
 from dino_adapters.data.resize import to_square
 from dino_adapters.data.splits import PARTS, Split, check_leaks, make_split, read_split
@@ -110,7 +111,7 @@ class Squares:
         except (UnreadableFileError, OSError) as error:
             with self._lock:
                 self.unreadable.add(key)
-            self.notices.add("unreadable labelled images left out", f"{key}: {error}")
+            self.notices.add("unreadable labelled images left out", problem_of(key, error))
             return None
         with self._lock:
             for size, square in made.items():
@@ -175,6 +176,11 @@ def labelled_set(
         max_unreadable=recipe.data.max_unreadable,
         notices=notices,
     )
+
+
+def too_few(notices: Notices) -> str:
+    """Why `labelled_set` made none of images that have labels; empty if it did not say so."""
+    return next((line for line in notices.counts if line.startswith(TOO_FEW)), "")
 
 
 def _find(
@@ -304,6 +310,11 @@ def _too_few(
     groups: Mapping[str, str],
 ) -> str:
     """Why these images are too few; empty where they are not."""
+    named = set(labels.values())
+    if len(named) < LEAST_CLASSES:
+        return f"all {len(labels)} are of the class '{min(named)}', and two classes are needed"
+    if len({(labels[key], groups[key]) for key in labels}) == len(named):
+        return "no class has images of two groups, one to choose by and one to judge on"
     asked = len({labels[key] for key in queries})
     if len(queries) < LEAST_QUERIES or asked < LEAST_CLASSES:
         return (

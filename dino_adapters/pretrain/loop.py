@@ -82,11 +82,14 @@ def run_through(
     # Everything slow, and every refusal, happens in here: nothing is spent before it returns.
     run = assemble(recipe, folder, world=world, origin=origin, **told)
     watch = Watch(run, folder)
-    left = run.recipe.steps - run.progress.step
+    begun, all_steps = run.progress.step, run.recipe.steps
     quiet = quiet or not world.leads
     watch.begin()
-    with repeatable(run.learner.device), progress("pretrain", left, quiet=quiet) as shown:
-        ended = done = left == 0 or run.progress.ended
+    with (
+        repeatable(run.learner.device),
+        progress("pretrain", all_steps, begun=begun, quiet=quiet) as shown,
+    ):
+        ended = done = begun == all_steps or run.progress.ended
         while not ended:
             ended = steps(run, folder, watch, request, shown.step)
     if not done:

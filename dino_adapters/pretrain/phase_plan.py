@@ -34,6 +34,7 @@ class PhasePlan:
         decoding_s: seconds that reading and decoding add to the whole phase.
         looks_s: seconds of all looks at the network, about.
         judging: what a verdict will be read from.
+        warnings: what a run would warn of.
         divided: whether micro-batches were tried, so that `memory` tells them apart.
     """
 
@@ -49,6 +50,7 @@ class PhasePlan:
     decoding_s: float
     looks_s: float
     judging: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     divided: bool = False
 
     @property
@@ -167,8 +169,9 @@ class PhasePlan:
         if self.size_note:
             found.append(name + self.size_note)
         if self.recipe.schedule.freeze_backbone:
-            found.append(f"{name}steps are faster than that while the backbone is frozen")
-        found += [name + sentence.removesuffix(".") for sentence in self.judging]
+            found.append(f"{name}steps are faster than planned while the backbone is frozen")
+        said = (*self.judging, *self.warnings)
+        found += [name + sentence.removesuffix(".") for sentence in said]
         return tuple(f"{sentence[0].upper()}{sentence[1:]}." for sentence in found)
 
     def cells(self) -> dict[str, str]:
@@ -230,6 +233,8 @@ class PhasePlan:
             "look_seconds": self.looks_s,
             "seconds": self.total_s,
             "advice": list(self.advice),
+            "judging": list(self.judging),
+            "warnings": list(self.warnings),
             "measured": asdict(self.measured),
         }
 

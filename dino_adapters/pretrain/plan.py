@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -136,6 +136,12 @@ def link_snapshots(plan: PretrainRecipe, folder: RunFolder) -> None:
         snapshot.symlink_to(folder.export, target_is_directory=True)
 
 
+def unsaid(warnings: Sequence[str], intake: Intake) -> tuple[str, ...]:
+    """Warnings of a trial, which has no voice of its own, that were not given here already."""
+    given = (*intake.notices.counts, *filter(None, [intake.size_note]))
+    return tuple(line for line in warnings if not line.startswith(given))
+
+
 def can_divide(recipe: PretrainRecipe) -> bool:
     """Whether micro-batches are allowed: not where Gram compares patches across the batch."""
     gram = recipe.gram
@@ -150,6 +156,7 @@ def _phase(
     trial: Callable[[Trial], Measured],
 ) -> PhasePlan:
     batch, images = plan.optim.batch_size, len(intake.keys)
+    labelled = labelled_for(plan, intake.source, intake.notices)  # its errors cost no trial
     micro = min(plan.parallel.micro_batch or batch, batch)
 
     def tried(batch: int, micro: int) -> Measured:
@@ -166,7 +173,6 @@ def _phase(
     high, share = whole[1], mixture_share(plan)
     memory, seconds = memory_line(whole, None), seconds_line(whole, None).times(share)
     kept = min(int(plan.data.memory_gb * 1e9), images * high.image_bytes)
-    labelled = labelled_for(plan, intake.source, intake.notices)
     seen = 0 if labelled is None else len(labelled.gallery) + len(labelled.queries)
     found = PhasePlan(
         name=name,
@@ -180,7 +186,8 @@ def _phase(
         kept_bytes=kept,
         decoding_s=decoding_seconds(plan, images, kept, seconds.of(batch, micro), high),
         looks_s=looking_seconds(plan, images, seen, high),
-        judging=judging(plan, labelled),
+        judging=judging(plan, labelled, intake.notices),
+        warnings=unsaid(high.warnings, intake),
     )
     if micro == batch and (found.fits or not can_divide(plan)):
         return found

@@ -7,8 +7,10 @@ writes down what it saw. Nothing of it reaches a run's folder.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import logging
 import os
 import statistics
 import subprocess
@@ -25,6 +27,7 @@ from torch import nn
 
 from dino_adapters import contracts
 from dino_adapters.contracts import DinoAdaptersError, RecipeError
+from dino_adapters.pretrain import announce
 from dino_adapters.pretrain.assemble import build_run, import_modules, settle_precision
 from dino_adapters.pretrain.checkpoint import Progress
 from dino_adapters.pretrain.loop import one_step
@@ -94,6 +97,7 @@ class Measured:
         decode_seconds: to read and decode one.
         look_seconds: of one image's forward pass at the global crops' size.
         look_sizes: sides in pixels that labelled images are looked at.
+        warnings: what was said while the run was built.
     """
 
     batch: int
@@ -118,6 +122,7 @@ class Measured:
     decode_seconds: float
     look_seconds: float
     look_sizes: tuple[int, ...]
+    warnings: tuple[str, ...]
 
 
 def measure(trial: Trial) -> Measured:
@@ -128,7 +133,8 @@ def measure(trial: Trial) -> Measured:
         DinoAdaptersError: what the run itself would have raised.
     """
     found = _elsewhere(trial)
-    return Measured(**{**found, "look_sizes": tuple(found["look_sizes"])})
+    found |= {name: tuple(found[name]) for name in ("look_sizes", "warnings")}
+    return Measured(**found)
 
 
 def export_networks(trial: Trial) -> None:
@@ -204,7 +210,8 @@ def stepping(trial: Trial) -> tuple[Run, Iterator[None]]:
 
 def tried(trial: Trial) -> dict[str, Any]:
     """Takes the steps of a trial, or exports its networks; fields of `Measured`."""
-    run, steps = stepping(trial)
+    with heard() as warnings:
+        run, steps = stepping(trial)
     if trial.export_to is not None:
         # As if trained: a network that no step changed would be refused as a teacher.
         run.progress = Progress(1, 0.0)
@@ -235,8 +242,24 @@ def tried(trial: Trial) -> dict[str, Any]:
             image_bytes=image_bytes,
             decode_seconds=decode_seconds,
             **looking(run),
+            warnings=tuple(warnings),
         )
     )
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[list[str]]:
+    """Collects warnings, but not what is said of settings: those of a trial are its own."""
+    found: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())
+    handler.addFilter(lambda record: record.name != announce.LOGGER.name)
+    package = logging.getLogger("dino_adapters")
+    package.addHandler(handler)
+    try:
+        yield found
+    finally:
+        package.removeHandler(handler)
 
 
 def timed(steps: Iterator[None], device: torch.device) -> list[float]:

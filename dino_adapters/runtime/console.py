@@ -59,8 +59,8 @@ class Notices:
 class Progress:
     """A bar on a terminal; a line every 30 s elsewhere. Use through `progress`."""
 
-    def __init__(self, label: str, total: int, *, quiet: bool) -> None:
-        self.label, self.total, self.done = label, total, 0
+    def __init__(self, label: str, total: int, *, begun: int, quiet: bool) -> None:
+        self.label, self.total, self.begun, self.done = label, total, begun, begun
         self._quiet = quiet
         self._started = self._said = time.monotonic()
         self._bar = None
@@ -83,7 +83,7 @@ class Progress:
                 console=Console(stderr=True),
                 transient=True,
             )
-            self._task = self._bar.add_task(label, total=total, note="")
+            self._task = self._bar.add_task(label, total=total, completed=begun, note="")
             self._bar.start()
 
     def step(self, count: int = 1, note: str = "") -> None:
@@ -97,7 +97,8 @@ class Progress:
         now = time.monotonic()
         if now - self._said >= LINE_EVERY_S and self.done < self.total:
             self._said = now
-            left = (now - self._started) / max(self.done, 1) * (self.total - self.done)
+            each = (now - self._started) / max(self.done - self.begun, 1)
+            left = each * (self.total - self.done)
             LOGGER.info(
                 "%s: %d of %d, about %s left%s",
                 self.label,
@@ -114,9 +115,9 @@ class Progress:
 
 
 @contextlib.contextmanager
-def progress(label: str, total: int, *, quiet: bool = False) -> Iterator[Progress]:
-    """Shows how far `total` units of work have come, and the time left."""
-    shown = Progress(label, total, quiet=quiet)
+def progress(label: str, total: int, *, begun: int = 0, quiet: bool = False) -> Iterator[Progress]:
+    """Shows how far `total` units of work, of which some were done before, have come."""
+    shown = Progress(label, total, begun=begun, quiet=quiet)
     try:
         yield shown
     finally:

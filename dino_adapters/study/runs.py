@@ -9,6 +9,7 @@ from typing import Any
 
 from dino_adapters.backbones.card import exports_below
 from dino_adapters.contracts import DataError, Figure, Metric, Report, Table
+from dino_adapters.pretrain.gate import GATE
 from dino_adapters.pretrain.rows import steps_of
 from dino_adapters.runtime.console import duration
 from dino_adapters.runtime.runfolder import RunFolder
@@ -83,8 +84,8 @@ def pretrain_report(folder: RunFolder, recipe: Mapping[str, Any]) -> Report:
         after = "The run has not ended: continue it with --resume."
     return Report(
         title=f"Pretraining {name}",
-        summary=(said, after, *verdict(folder), *seen.alarms),
-        tables=(_last_numbers({"value": last}), *seen.tables),
+        summary=(*verdict(folder), said, after, *seen.alarms),
+        tables=(*seen.tables, _last_numbers({"value": last})),
         figures=(figure, *seen.figures),
         notes=seen.notes,
         provenance=provenance(folder, recipe, "pretrain"),
@@ -119,13 +120,13 @@ def phases_report(folder: RunFolder, recipe: Mapping[str, Any]) -> Report:
     return Report(
         title=f"Pretraining in {len(names)} phases",
         summary=(
+            *said,
             f"{len(ended)} of {len(names)} phases done: {', '.join(ended) or 'none'}. Losses of "
             "different phases have different terms and weights.",
             after,
-            *said,
             *(alarm for s in seen for alarm in s.alarms),
         ),
-        tables=(*([_last_numbers(last)] if last else []), *(t for s in seen for t in s.tables)),
+        tables=(*(t for s in seen for t in s.tables), *([_last_numbers(last)] if last else [])),
         figures=(loss_curves(curves), *(figure for s in seen for figure in s.figures)),
         notes=tuple(note for s in seen for note in s.notes),
         provenance=provenance(folder, recipe, "pretrain"),
@@ -137,6 +138,8 @@ def delivered(folder: RunFolder) -> str:
     if students := exports_below(folder.export):
         named = ", ".join(f"export/{path.name}" for path in students)
         return f"The frozen backbones are in {named}; load_backbone opens each."
+    if (folder.path / GATE).exists():
+        return "load_backbone opens the folder export."
     last = " of the last phase" if folder.phases else ""
     return f"The frozen backbone{last} is in the folder export; load_backbone opens it."
 

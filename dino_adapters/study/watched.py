@@ -24,7 +24,8 @@ CAPTION = (
     "Dotted: the start; with entropies, log K too. Good: probes and RankMe rise; class tokens of "
     "different images come apart; one image keeps to few prototypes while all images together use "
     "many; few prototypes have a twin; similarity maps go on agreeing, and the class token does "
-    "not move towards its patches. Read from the teacher; all but the probes without labels. "
+    "not move towards its patches. Read from the teacher; all but the probes without labels. One "
+    "part of the labelled images chooses reading size and best look, another one judges. "
     "Compare with the run's own start: levels of other networks and data differ."
 )
 
@@ -58,10 +59,11 @@ class Sign:
 LABELLED, RANK = "labelled images, balanced accuracy in %", "RankMe"
 CHARTS = {
     LABELLED: (
-        Sign("knn", "k-NN", "rises", percent=True, digits=1),
-        Sign("linear", "linear probe", "rises", percent=True, digits=1),
+        Sign("knn", "k-NN, to judge by", "rises", percent=True, digits=1),
+        Sign("linear", "linear probe, to judge by", "rises", percent=True, digits=1),
+        Sign("selection", "both, to choose by", "rises", percent=True, digits=1),
     ),
-    "both probes less the start, in points": (
+    "probes to judge by, less the start, in points": (
         Sign("gain", "mean of both", "its interval is above 0", percent=True, digits=1),
     ),
     RANK: (Sign("rankme", "RankMe", "rises, or holds", digits=1),),
@@ -257,7 +259,7 @@ def _points(sign: Sign, looks: Sequence[Mapping[str, Any]]) -> list[tuple[float,
 def _figure(panels: list[Panel], looks: Sequence[Mapping[str, Any]], before: str) -> Figure:
     """All charts, under what became of the probes, or of RankMe where nothing is labelled."""
     changes = [
-        f"{sign.words} from {start:.1f} to {end:.1f}{' %' if sign.percent else ''}"
+        f"{sign.words.split(',')[0]} from {start:.1f} to {end:.1f}{' %' if sign.percent else ''}"
         for title in (LABELLED, RANK)
         for sign in CHARTS[title]
         if (start := sign.value(looks[0])) is not None
@@ -284,5 +286,8 @@ def _table(looks: Sequence[Mapping[str, Any]], before: str) -> Table:
 
 
 def _shown(sign: Sign, look: Mapping[str, Any]) -> str:
-    value = sign.value(look)
-    return "" if value is None else f"{value:,.{sign.digits}f}"
+    value, *ends = (sign.value(look, end) for end in ("", "_low", "_high"))
+    if value is None:
+        return ""
+    interval = " to ".join(f"{end:+.{sign.digits}f}" for end in ends if end is not None)
+    return f"{value:,.{sign.digits}f}" + (f" ({interval})" if interval else "")

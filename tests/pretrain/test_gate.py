@@ -242,20 +242,45 @@ def test_a_change_of_size_is_no_gain(labelled_of):
     assert (verdict.kind, verdict.sizes) == ("same", (16, 16))
     better = judge(own, now, images)
     assert agreed(better, better) == better
-    worse = judge(now, own, images)
+    worse = judge(rival, look_of(own.answers, images), images)
     both = agreed(better, worse)
     assert both.kind == "same"
     assert both.sentence.startswith("No difference to the start is shown: one reading")
+    for one in (better, worse):
+        assert one.difference is not None
+        assert f"{100 * one.difference:+.1f} points" in both.sentence
+
+
+def test_both_readings_of_the_start_are_told(labelled_of):
+    images = labelled_of(np.tile(["a", "b"], 60), np.arange(120))
+    rng = np.random.default_rng(0)
+    own = replace(look_of(rng.random((2, 120)) < 0.5, images), size=24)
+    rival, now = (look_of(rng.random((2, 120)) < 0.8, images) for _ in range(2))
+    first, second = judge(own, now, images), judge(rival, now, images)
+    verdict = agreed(first, second)
+    assert verdict.same_size == (second.difference, second.low, second.high)
+    assert verdict.sentence.startswith(second.sentence)
+    # What remains is the other reading, in the words of its own sentence.
+    own_words = first.sentence.removeprefix("Better than the start: ").split(" (95 %")[0]
+    assert f" {own_words} (95 % interval " in verdict.sentence.removeprefix(second.sentence)
+    assert verdict.sentence.endswith("read at 16 px and the start at 24 px).")
+    # Where answers hardly changed, there is no interval to tell.
+    few = look_of(now.answers ^ (np.arange(120) < 3), images)
+    told = agreed(judge(own, now, images), judge(few, now, images))
+    assert "of 120 groups of images are answered otherwise" in told.sentence
 
 
 def test_of_two_gains_the_smaller_is_told(labelled_of):
     images = labelled_of(np.tile(["a", "b"], 60), np.arange(120))
     rng = np.random.default_rng(0)
     poor, fair = (look_of(rng.random((2, 120)) < share, images) for share in (0.3, 0.6))
+    poor = replace(poor, size=24)
     now = look_of(np.ones((2, 120)), images)
     verdicts = judge(poor, now, images), judge(fair, now, images)
     assert [one.kind for one in verdicts] == ["better", "better"]
-    assert agreed(*verdicts) == agreed(*verdicts[::-1]) == verdicts[1]
+    for order in (verdicts, verdicts[::-1]):
+        found = agreed(*order)
+        assert (found.kind, found.difference) == ("better", verdicts[1].difference)
 
 
 def test_a_gain_that_the_gallery_contradicts_is_not_shown(labelled_of):
@@ -328,11 +353,13 @@ def test_verdicts_are_json_safe(images):
 
 
 def test_without_labels_the_reason_is_said():
-    assert unlabelled().sentence.startswith("Nothing is labelled, so nothing shows whether")
+    assert unlabelled().sentence.startswith("Open: nothing is labelled, so nothing shows whether")
     assert "monitor.labels" in unlabelled().sentence
     notices = Notices()
     notices.add(f"{TOO_FEW}: 4 of 1 classes are left")
-    assert unlabelled(notices).sentence.startswith(f"There are {TOO_FEW}: 4 of 1 classes are left,")
+    said = unlabelled(notices).sentence
+    assert said.startswith(f"Open: there are {TOO_FEW}: 4 of 1 classes are left, so nothing shows")
+    assert "Label more images, of more classes or groups," in said
     assert unlabelled(Notices()).kind == "unknown"
 
 
@@ -346,7 +373,8 @@ def test_what_is_delivered(kind, expected, unshown):
     verdict = replace(unlabelled(), kind=kind)
     chosen = delivered(verdict, told)
     assert chosen == (expected or unshown)
-    said = delivery_sentence(verdict, told)
+    said = delivery_sentence(verdict, told, 18)
+    assert "ontinued network of step 18" in said
     other = "start" if chosen == "continued" else "continued"
     assert f"is in candidates/{other}." in said
     assert (f"gate.unshown={unshown}" in said) == (expected is None)

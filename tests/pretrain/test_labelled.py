@@ -86,9 +86,9 @@ def test_nothing_labelled_is_none_without_a_word():
 @pytest.mark.parametrize(
     ("counts", "per_group", "said"),
     [
-        ({"cat": 90}, 3, "of 1 classes are left to judge on"),
+        ({"cat": 90}, 3, "all 90 are of the class 'cat', and two classes are needed"),
         ({"cat": 8, "dog": 8}, 1, "8 of 2 classes are left to judge on, beside 8 to learn from"),
-        ({"cat": 40, "dog": 40}, 40, "0 of 0 classes are left to judge on"),
+        ({"cat": 40, "dog": 40}, 40, "no class has images of two groups, one to choose by"),
         ({"cat": 40, "dog": 40}, 20, "0 of 2 classes have images of two groups"),
     ],
 )

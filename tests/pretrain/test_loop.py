@@ -124,12 +124,16 @@ def test_resume_under_another_recipe_names_the_difference(tiny, tmp_path):
         pretrain(tiny(optim={"lr": 0.5}), folder, resume=True, quiet=True)
 
 
-def test_a_finished_run_is_left_as_it_is(tiny, tmp_path):
+def test_a_finished_run_is_left_as_it_is(tiny, tmp_path, caplog):
     folder = RunFolder(tmp_path / "run")
     pretrain(tiny(), folder, quiet=True)
     state = folder.checkpoints / "step_00000006" / "meta.json"
     before = state.stat()
-    pretrain(tiny(), folder, resume=True, quiet=True)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        pretrain(tiny(), folder, resume=True, quiet=True)
+    assert "nothing is left to train: step 6 of 6" in caplog.messages
+    assert not any("learning rate" in line for line in caplog.messages)
     assert (state.stat().st_mtime_ns, state.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
 
 

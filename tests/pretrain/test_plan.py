@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dino_adapters.contracts import RecipeError, WeightsError
+from dino_adapters.contracts import DataError, RecipeError, WeightsError
 from dino_adapters.pretrain import estimate, memory
 from dino_adapters.pretrain.estimate import (
     Cost,
@@ -27,6 +27,7 @@ from dino_adapters.pretrain.phase_plan import gigabytes, local_share
 from dino_adapters.pretrain.plan import make_plan
 from dino_adapters.pretrain.trial import Measured, NoRoomError, Trial, measure, tried
 from dino_adapters.recipes.pretrain import PretrainRecipe
+from dino_adapters.runtime.console import Notices
 
 SEEN = Measured(
     batch=8,
@@ -51,6 +52,7 @@ SEEN = Measured(
     decode_seconds=0.01,
     look_seconds=0.001,
     look_sizes=(24, 48),
+    warnings=(),
 )
 
 
@@ -330,6 +332,35 @@ def test_looks_count_the_one_before_the_first_step(tiny):
     passes = 4 + 8 * (24**2 + 48**2) / 24**2
     each = passes * 0.001 + 8 * 0.01
     assert looking_seconds(told, 10, 8, SEEN) == pytest.approx(5 * each)
+    gated = tiny(monitor={"every": 0.25, "images": 4}, gate={})
+    # The verdict reads the labelled images once more.
+    assert looking_seconds(gated, 10, 8, SEEN) == pytest.approx(6 * each - 4 * 0.001)
+
+
+def test_labels_that_do_not_fit_cost_no_trial(tiny, tmp_path):
+    def take(trial):
+        pytest.fail("a trial was made")
+
+    told = tiny(monitor={"every": 0.5, "labels": str(tmp_path / "none.csv")})
+    with pytest.raises(DataError, match=r"none\.csv. Give a CSV file with the columns path and"):
+        make_plan(told, trial=take)
+
+
+def test_a_plan_tells_what_its_trial_warned_of(tiny, photographs):
+    (photographs / "notes.txt").write_text("no image")
+    notices = Notices()
+    known = "files ignored because they are no images by their suffix (first: notes.txt)"
+    take, _ = world(warnings=(known, "Four bands, and none of them red."))
+    (phase,) = make_plan(tiny(), notices=notices, trial=take).phases
+    assert phase.warnings == ("Four bands, and none of them red.",)
+    assert "Four bands, and none of them red." in phase.lines()
+
+
+def test_a_trial_hears_warnings_and_not_what_is_said_of_settings(tiny):
+    bands = {"bands": ["a", "b", "c"]}
+    found = tried(Trial(tiny(data=bands, optim={"batch_size": 4}).model_dump(mode="json")))
+    assert any("not red, green, blue" in line for line in found["warnings"])
+    assert not any("Sinkhorn" in line for line in found["warnings"])  # a word on the batch
 
 
 def test_bytes_in_words():

@@ -153,7 +153,7 @@ def test_without_labels_the_start_is_handed_back_unless_told_otherwise(tiny, tmp
     assert equal(weights(folder.export), weights(folder.path / "candidates" / "start"))
     found = json.loads((folder.path / "gate.json").read_text())
     assert found["kind"] == "unknown"
-    assert "Nothing is labelled" in found["sentence"]
+    assert "Open: nothing is labelled" in found["sentence"]
     other = RunFolder(tmp_path / "b")
     pretrain(recipe.changed({"gate": {"unshown": "continued"}}), other, quiet=True)
     assert equal(weights(other.export), weights(other.path / "candidates" / "continued"))

@@ -169,10 +169,12 @@ class TestOverrides:
 
 class TestErrors:
     def test_unknown_names_get_the_nearest(self):
-        assert "There is no setting 'inner.rat'. Did you mean 'rate'?" in refusal("inner.rat=1")
+        assert "There is no setting 'inner.rat'. Did you mean 'inner.rate'?" in refusal(
+            "inner.rat=1"
+        )
         assert "There is no setting 'stpes'. Did you mean 'steps'?" in refusal("stpes=1")
         assert "Did you mean 'inner.pair'?" in refusal("pair=1")
-        assert "'maybe.nome'. Did you mean 'name'?" in refusal("maybe.nome=1")
+        assert "'maybe.nome'. Did you mean 'maybe.name'?" in refusal("maybe.nome=1")
         assert "Known: free, inner" in refusal("zzzzzz=1")
 
     def test_wrong_values_are_shown_with_what_is_allowed(self):

@@ -58,6 +58,16 @@ def test_lines_off_a_terminal_come_now_and_then(caplog, monkeypatch):
     ]
 
 
+def test_what_was_done_before_counts_and_takes_no_time(caplog, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("dino_adapters.runtime.console.time.monotonic", lambda: now[0])
+    with caplog.at_level(logging.INFO), progress("work", 100, begun=60) as shown:
+        for _ in range(40):
+            now[0] += 1.0
+            shown.step()
+    assert caplog.messages == ["work: 90 of 100, about 10 s left"]
+
+
 def test_quiet_says_nothing(caplog, monkeypatch):
     monkeypatch.setattr("dino_adapters.runtime.console.LINE_EVERY_S", 0.0)
     with caplog.at_level(logging.INFO), progress("work", 3, quiet=True) as shown:

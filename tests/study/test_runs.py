@@ -54,11 +54,11 @@ def test_looks_skipped_steps_and_the_verdict_are_on_the_page(tmp_path):
     folder.note({"step": 7, "loss": None, "images": 64, "skipped": 1})
     (folder.path / "gate.json").write_text('{"sentence": "Worse than the start."}')
     report = run_report(folder)
-    assert report.summary[2] == "Worse than the start."
+    assert report.summary[0] == "Worse than the start."
     assert "RankMe is 1.2 (20.0 at the start" in report.summary[3]
     assert report.notes == ("Step 7 was left out, as its loss or gradient was not finite.",)
-    assert [table.title for table in report.tables] == ["The last numbers noted", "Signs of health"]
-    assert report.tables[0].rows[0] == ("step", "9"), "a look is no step"
+    assert [table.title for table in report.tables] == ["Signs of health", "The last numbers noted"]
+    assert report.tables[1].rows[0] == ("step", "9"), "a look is no step"
     assert report.figures[1].title == "The looks saw RankMe from 20.0 to 1.2."
     assert write_page(report, tmp_path / "page.html").read_text().count("<svg") == 2
 

@@ -37,6 +37,7 @@ START = {
     "prototypes_duplicated": 0.0,
     "knn": 0.5,
     "linear": 0.6,
+    "selection": 0.55,
 }
 END = START | {"rankme": 31.5, "knn": 0.55, "linear": 0.62, "row_entropy": 2.0}
 
@@ -113,8 +114,11 @@ def test_every_sign_has_a_chart_and_a_line_of_the_table(folder):
     rows = {row[0]: row[1:] for row in table.rows}
     assert len(rows) == sum(len(signs) for signs in CHARTS.values())
     assert rows["RankMe"] == ("20.0", "31.5", "rises, or holds")
-    assert rows["both probes less the start, in points"][:2] == ("", "4.0")
-    assert rows["labelled images, balanced accuracy in %: k-NN"][:2] == ("50.0", "55.0")
+    assert rows["probes to judge by, less the start, in points"][:2] == ("", "4.0 (+1.0 to +7.0)")
+    assert rows["labelled images, balanced accuracy in %: k-NN, to judge by"][:2] == (
+        "50.0",
+        "55.0",
+    )
     assert rows["prototypes in use"][:2] == ("12", "12")
 
 
