@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import math
 
 import numpy as np
