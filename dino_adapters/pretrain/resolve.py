@@ -207,10 +207,10 @@ def _why_batch(batch: int, images: int) -> str:
     if batch < 64:
         return f"at most a quarter of {images:,} images"
     if images <= FEW:
-        return f"for up to {FEW:,} images, of which there are {images:,}"
+        return f"it suits up to {FEW:,} images, and there are {images:,}"
     if images <= MANY:
-        return f"for {FEW:,} to {MANY:,} images, of which there are {images:,}"
-    return f"for more than {MANY:,} images, of which there are {images:,}"
+        return f"it suits {FEW:,} to {MANY:,} images, and there are {images:,}"
+    return f"it suits more than {MANY:,} images, and there are {images:,}"
 
 
 def _why_prototypes(count: int, rows: int, images: int) -> str:

@@ -142,7 +142,7 @@ def test_rules_follow_the_batch_that_was_given():
 def test_a_reason_is_a_sentence():
     _, reasons = resolve(recipe(schedule={"freeze_last_layer": 1e-4}), 20_000)
     assert [r.sentence for r in reasons] == [
-        "optim.batch_size is 256: for 10,000 to 100,000 images, of which there are 20,000.",
+        "optim.batch_size is 256: it suits 10,000 to 100,000 images, and there are 20,000.",
         "objective.prototypes is 8,192: for 20,000 images and 512 global crops a batch; the DINO "
         "loss can fall to 2.8.",
         "steps is 3,000: about 38 passes over 20,000 images.",
