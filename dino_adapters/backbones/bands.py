@@ -25,7 +25,7 @@ CENTRE_MEAN, CENTRE_STD = 0.5, 0.25
 UNTRAINED = (
     "The filters of some bands were spread from others and never trained. Frozen networks lose by "
     "that in 16 of 17 published comparisons (torchgeo-bench: mean -3.9 points, worst -21.1). Bands "
-    "that are named red, green and blue keep theirs; train the others, or leave them out"
+    "named red, green and blue (data.bands) keep theirs; train the others, or leave them out"
 )
 
 
