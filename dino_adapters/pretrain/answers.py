@@ -10,11 +10,13 @@ import warnings
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 
 from dino_adapters.contracts import DataError
 from dino_adapters.features.neighbours import CHUNK_CELLS, STEPS, nearest
 from dino_adapters.features.pool import unit_rows
+from dino_adapters.measure.intervals import units_of
 from dino_adapters.measure.metrics import balanced_accuracy
 from dino_adapters.runtime.chance import numpy_generator
 from dino_adapters.runtime.console import Notices
@@ -130,6 +132,32 @@ def linear_probe(
 def mean_recall(right: np.ndarray, labels: np.ndarray) -> float:
     """Balanced accuracy of answers known to be right or wrong: bool `(n,)`, classes `(n,)`."""
     return float(np.mean([right[labels == name].mean() for name in np.unique(labels)]))
+
+
+def recall_weights(labels: np.ndarray) -> np.ndarray:
+    """What makes the mean over images `(n,)` of these classes a balanced accuracy."""
+    _, codes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    return len(labels) / (len(counts) * counts[codes])
+
+
+def shown_better(
+    now: np.ndarray, before: np.ndarray, labels: np.ndarray, groups: np.ndarray
+) -> bool:
+    """Whether answers are right more often beyond chance: paired t-test over groups, 95 %.
+
+    Args:
+        now: Right or wrong, bool `(2, n)`, of two probes whose gains are averaged.
+        before: The same of others, about the same images.
+        labels: Classes `(n,)`, which count alike.
+        groups: Groups `(n,)`, of which there must be two.
+    """
+    names, unit = units_of(groups)
+    if len(names) < 2:
+        return False
+    difference = now.astype(float).mean(axis=0) - before.astype(float).mean(axis=0)
+    gains = np.bincount(unit, difference * recall_weights(labels), len(names))
+    error = gains.std(ddof=1) / np.sqrt(len(names))
+    return bool(gains.mean() > stats.t.ppf(0.975, len(names) - 1) * error)
 
 
 def _standardised(bank: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -85,7 +85,8 @@ class Candidates:
         assert self.labelled is not None
         first = self.first_look()
         # Always all sizes: training moves the best one, and less of them would look like a fall.
-        seen = look(backbone, self.info, self.labelled, self.sizes)
+        usual = None if first is None else first.size
+        seen = look(backbone, self.info, self.labelled, self.sizes, usual=usual)
         row: dict[str, Any] = {"knn": seen.knn, "linear": seen.linear}
         row |= {"selection": seen.selection, "size": seen.size}
         if done == 0:
@@ -127,7 +128,7 @@ class Candidates:
         step = int(build_network(self.continued)[1].training["steps"])
         if self.labelled is not None and first is not None:
             LOGGER.info("the network of step %d is read once more, to be judged", step)
-            last = self._look_at(CONTINUED, self.labelled, self.sizes)
+            last = self._look_at(CONTINUED, self.labelled, self.sizes, usual=first.size)
             verdict = rival = self._compared(first, last, self.labelled)
             if last.size != first.size:
                 start = self._look_at(START, self.labelled, (last.size,))
@@ -148,6 +149,13 @@ class Candidates:
         verdict, change = judge(start, last, labelled), change_of_selection(start, last, labelled)
         return unopposed(verdict, change, seen=labelled.seen)
 
-    def _look_at(self, candidate: str, labelled: LabelledSet, sizes: Sequence[int]) -> Look:
+    def _look_at(
+        self,
+        candidate: str,
+        labelled: LabelledSet,
+        sizes: Sequence[int],
+        usual: int | None = None,
+    ) -> Look:
         network, info = build_network(self.path / candidate)
-        return look(network.to(self.run.learner.device), info, labelled, sizes)
+        network = network.to(self.run.learner.device)
+        return look(network, info, labelled, sizes, usual=usual)

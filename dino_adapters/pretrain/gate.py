@@ -11,7 +11,7 @@ from scipy import stats
 
 from dino_adapters.contracts import DataError
 from dino_adapters.measure.intervals import paired_bootstrap, units_of
-from dino_adapters.pretrain.answers import mean_recall
+from dino_adapters.pretrain.answers import mean_recall, recall_weights
 from dino_adapters.pretrain.labelled import LabelledSet, too_few
 from dino_adapters.pretrain.probe import Look
 from dino_adapters.recipes.running import GateRecipe
@@ -284,7 +284,7 @@ def _paired(
         (mean_recall(a, labels), mean_recall(b, labels)) for a, b in zip(before, after, strict=True)
     )
     difference = (knn[1] - knn[0] + linear[1] - linear[0]) / 2
-    weights = _weights(labels)
+    weights = recall_weights(labels)
     names, unit = units_of(groups)
     gains = np.bincount(unit, (after * weights - before * weights).sum(axis=0), len(names))
     changed, low, high = int(np.count_nonzero(np.abs(gains) > 1e-9)), None, None
@@ -299,12 +299,6 @@ def _paired(
             level=_expanded(len(names)),
         )
     return Paired((knn, linear), difference, low, high, len(keys), len(names), changed)
-
-
-def _weights(labels: np.ndarray) -> np.ndarray:
-    """What makes the mean over images `(n,)` a balanced accuracy."""
-    _, codes, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    return len(labels) / (len(counts) * counts[codes])
 
 
 def _expanded(units: int) -> float:

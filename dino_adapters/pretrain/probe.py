@@ -27,6 +27,7 @@ from dino_adapters.pretrain.answers import (
     knn,
     linear_probe,
     mean_recall,
+    shown_better,
 )
 from dino_adapters.pretrain.labelled import LabelledSet
 
@@ -129,12 +130,15 @@ def look(
     labelled: LabelledSet,
     sizes: Sequence[int],
     *,
+    usual: int | None = None,
     batch_size: int = BATCH,
 ) -> Look:
     """Reads the labelled images and asks both probes.
 
     The gallery is read at every size, the queries only at the one that suits the gallery best
-    (equal scores: the smaller). Queries whose vectors are not finite count as wrong answers; one
+    (equal scores: the smaller), or at the usual one, where the best is not shown to be better: the
+    best of several sizes is partly chance, and the change of size would look like one of the
+    network. Queries whose vectors are not finite count as wrong answers; one
     such vector in the gallery makes all answers at that size wrong.
 
     Args:
@@ -143,6 +147,7 @@ def look(
         info: Its card: bands, normalisation, family, patch.
         labelled: The images.
         sizes: Sides in pixels, multiples of the patch.
+        usual: That of them which the start is read at; None: there is nothing to compare with.
         batch_size: Images a pass.
 
     Raises:
@@ -165,6 +170,10 @@ def look(
             np.mean([mean_recall(row[can_be_asked], known) for row in held_out[size]])
         )
     size = max(scores, key=lambda one: (scores[one], -one))
+    if usual is not None and usual in scores:
+        best, other = (held_out[one][:, can_be_asked] for one in (size, usual))
+        if not shown_better(best, other, classes[can_be_asked], groups[can_be_asked]):
+            size = usual
     asked = read(network, info, labelled, labelled.queries, (size,), batch_size=batch_size)
     truth, bank, x = labelled.labels_of(asked.keys), gallery.vectors[size], asked.vectors[size]
     right, strength = np.zeros((2, len(truth)), dtype=bool), 0.0

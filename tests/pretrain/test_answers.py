@@ -17,6 +17,7 @@ from dino_adapters.pretrain.answers import (
     knn,
     linear_probe,
     mean_recall,
+    shown_better,
 )
 from dino_adapters.runtime.console import Notices
 
@@ -181,3 +182,24 @@ def test_mean_recall_is_balanced_accuracy():
     rng = np.random.default_rng(0)
     truth, said = rng.choice(list("aaab"), 50), rng.choice(list("aaab"), 50)
     assert mean_recall(said == truth, truth) == pytest.approx(balanced_accuracy(truth, said))
+
+
+@pytest.mark.parametrize("per_group", [1, 5])
+def test_what_is_no_better_is_rarely_shown_to_be(per_group):
+    """Of one in twenty at most; and a clear gain is shown."""
+    rng = np.random.default_rng(0)
+    labels, groups = np.tile(["a", "a", "b"], 50), np.arange(150) // per_group
+    false, found = 0, 0
+    for _ in range(400):
+        wobble = rng.random(150 // per_group)[groups]  # images of a group are right together
+        first, second = (rng.random((2, 150)) < 0.4 + 0.4 * wobble for _ in range(2))
+        false += shown_better(second, first, labels, groups)
+        found += shown_better(second | (rng.random((2, 150)) < 0.5), first, labels, groups)
+    assert false / 400 < 0.05
+    assert found / 400 > 0.95
+
+
+def test_one_group_shows_nothing():
+    right, wrong = np.ones((2, 6), dtype=bool), np.zeros((2, 6), dtype=bool)
+    assert not shown_better(right, wrong, np.array(list("ababab")), np.zeros(6))
+    assert shown_better(right, wrong, np.array(list("ababab")), np.arange(6))

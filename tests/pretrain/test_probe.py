@@ -121,6 +121,19 @@ def test_of_equal_sizes_the_smaller_is_taken():
     assert found.scores[8] == found.scores[16]
 
 
+def test_another_size_than_the_starts_must_be_shown_to_be_better():
+    clear = {8: table(0, 0.5), 16: table(1, 4.0)}
+    assert look(Planted(clear), INFO, labelled(), (8, 16), usual=8).size == 16
+    close = {8: table(0, 2.0), 16: table(1, 2.1)}
+    free = look(Planted(close), INFO, labelled(), (8, 16))
+    other = 24 - free.size
+    kept = look(Planted(close), INFO, labelled(), (8, 16), usual=other)
+    assert kept.size == other
+    assert kept.selection == kept.scores[other] < kept.scores[free.size]
+    # A size that is not among them asks for nothing.
+    assert look(Planted(close), INFO, labelled(), (8, 16), usual=24).size == free.size
+
+
 def test_queries_choose_nothing():
     """Other labels, and other vectors, of the queries change their answers and nothing else."""
     tables = {8: table(0, 1.0), 16: table(1, 1.2)}

@@ -212,8 +212,8 @@ def test_after_the_last_rollback_the_run_stops(told, tmp_path, monkeypatch):
 def test_early_stop_delivers_the_best_look_and_stays_ended(told, tmp_path, monkeypatch):
     real, scores = candidates.look, iter([0.5, 0.9, 0.4, 0.3, 0.99, 0.99])
 
-    def scored(*given):
-        return replace(real(*given), selection=next(scores))
+    def scored(*given, **more):
+        return replace(real(*given, **more), selection=next(scores))
 
     monkeypatch.setattr(candidates, "look", scored)
     folder = RunFolder(tmp_path / "run")
@@ -229,8 +229,8 @@ def scores_of(monkeypatch, scores):
     """Looks with these scores to choose by, in order; the verdict's are left as they are."""
     real, given = candidates.look, iter(scores)
 
-    def scored(*told):
-        found = real(*told)
+    def scored(*told, **more):
+        found = real(*told, **more)
         score = next(given, found.selection)
         right = np.arange(len(found.asked)) * 0.618 % 1 < score  # about as many of each class
         return replace(found, selection=score, held_out=np.stack([right, right]))
@@ -344,9 +344,9 @@ def test_what_chose_never_judges_when_labels_are_added(
     few.write_text("\n".join(lines[:46]) + "\n")
     real, sets = candidates.look, []
 
-    def spied(network, info, images, sizes):
+    def spied(network, info, images, sizes, **more):
         sets.append(images)
-        return real(network, info, images, sizes)
+        return real(network, info, images, sizes, **more)
 
     monkeypatch.setattr(candidates, "look", spied)
     folder = RunFolder(tmp_path / "run")
