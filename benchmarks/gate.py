@@ -5,8 +5,9 @@
 
 Every variant trains on the training part without labels and with the gate on, which may use labels
 of the parts `train` and `val`. The test part, which nothing was chosen on, then says whether the
-gate was right: start and result are read at their own best sizes (chosen on `train`) and compared
-image by image, by k-NN and linear probe on all labels of `train`, and by nearest class mean on few.
+gate was right: the start is read at its best size, the result there as well unless another is shown
+to suit it better (both on `train`), and they are compared image by image, by k-NN and linear probe
+on all labels of `train`, and by nearest class mean on few.
 """
 
 from __future__ import annotations
@@ -121,17 +122,13 @@ def measured(arguments: argparse.Namespace, name: str, seed: int) -> list[Row]:
     exam, sizes = examination(recipe), sizes_of(folder, recipe)
     start = start_of(arguments, exam, sizes)
     continued = folder.path / "candidates" / "continued"
-    result = examined(continued, None, exam, sizes)
+    result = examined(continued, None, exam, sizes, usual=start.size)
     gate = json.loads((folder.path / "gate.json").read_text(encoding="utf-8"))
     truth = judge(start, result, exam)
-    rival = start_of(arguments, exam, (result.size,)) if result.size != start.size else start
-    same_size = judge(rival, result, exam)
     row: Row = {"variant": name, "seed": seed, "seconds": round(seconds, 1)}
     row |= {"start_knn": start.knn, "start_linear": start.linear, "start_size": start.size}
     row |= {"knn": result.knn, "linear": result.linear, "size": result.size}
     row |= {"gain": truth.difference, "low": truth.low, "high": truth.high, "truth": truth.kind}
-    row |= {"same_size": same_size.difference}
-    row |= {"same_size_low": same_size.low, "same_size_high": same_size.high}
     row |= {"gate": gate["kind"], "exported": gate["exported"], "sentence": gate["sentence"]}
     row["exported_gain"] = truth.difference if gate["exported"] == "continued" else 0.0
     networks = {
@@ -142,7 +139,7 @@ def measured(arguments: argparse.Namespace, name: str, seed: int) -> list[Row]:
 
 
 def sizes_of(folder: RunFolder, recipe: PretrainRecipe) -> tuple[int, ...]:
-    """Sizes that the gate read at, of which each network takes its best here as well.
+    """Sizes that the gate read at, and that are read at here as well.
 
     That of the crops where the gate had too few labels to read anything.
     """
@@ -189,11 +186,15 @@ def start_of(arguments: argparse.Namespace, exam: LabelledSet, sizes: Sequence[i
 
 
 def examined(
-    source: Path | str, checkpoint: str | None, exam: LabelledSet, sizes: Sequence[int]
+    source: Path | str,
+    checkpoint: str | None,
+    exam: LabelledSet,
+    sizes: Sequence[int],
+    usual: int | None = None,
 ) -> Look:
     """What the test part says of a network."""
     network, info = build_network(source, checkpoint=checkpoint)
-    return look(network.eval(), info, exam, sizes)
+    return look(network.eval(), info, exam, sizes, usual=usual)
 
 
 def few_labels(networks: dict[str, tuple[Path | str, str | None, int]], exam: LabelledSet) -> Row:
@@ -220,16 +221,13 @@ def table(rows: Sequence[Row]) -> str:
     header, (start, *lines) = compared(rows, NAMES)
     header += [
         "both less start, each seed (95 % interval over test images)",
-        "the same, the start at the result's size",
         "gate said",
         "export",
     ]
-    start += [""] * 4
+    start += [""] * 3
     for line in lines:
         own = [row for row in rows if row["variant"] == line[0]]
         line.append("; ".join(span(row["gain"], row["low"], row["high"]) for row in own))
-        same = [span(*(row[f"same_size{end}"] for end in ("", "_low", "_high"))) for row in own]
-        line.append("; ".join(same))
         # A network from nothing is gated against its own random start, which says nothing here.
         gated = [] if line[0] == "scratch" else own
         line.append("; ".join(f"{row['gate']}" for row in gated))
