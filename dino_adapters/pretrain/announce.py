@@ -35,6 +35,8 @@ def announce(run: Run) -> None:
         LOGGER.warning("%s has no mask token, so it trains without iBOT.", name)
     if run.progress.step >= recipe.steps or run.progress.ended:
         LOGGER.info("nothing is left to train: step %d of %d", run.progress.step, recipe.steps)
+        for line in judging(recipe, run.labelled, run.notices):
+            LOGGER.info("%s", line)
         return
     if run.progress.step:
         LOGGER.info("going on from step %d of %d", run.progress.step, recipe.steps)

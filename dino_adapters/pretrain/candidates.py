@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from dino_adapters.backbones import build_network, export_backbone
+from dino_adapters.backbones.card import read_card
 from dino_adapters.contracts import BackboneInfo, CheckpointError
 from dino_adapters.pretrain.delivery import copy_export, resize_export
 from dino_adapters.pretrain.gate import (
@@ -84,7 +85,7 @@ class Candidates:
         """What the labelled images say after so many steps, and the numbers to note."""
         assert self.labelled is not None
         first = self.first_look()
-        # Always all sizes: training moves the best one, and less of them would look like a fall.
+        # Always all sizes: where training clearly moves the best one, less would look like a fall.
         usual = None if first is None else first.size
         seen = look(backbone, self.info, self.labelled, self.sizes, usual=usual)
         row: dict[str, Any] = {"knn": seen.knn, "linear": seen.linear}
@@ -102,7 +103,7 @@ class Candidates:
             "linear probe averaged, read at %d px)",
             done,
             100 * seen.selection,
-            seen.size,
+            seen.size if usual is None else usual,
         )
         return seen, {f"{PREFIX}{name}": value for name, value in row.items()}
 
@@ -125,7 +126,7 @@ class Candidates:
     def judge(self, gate: GateRecipe) -> None:
         """The verdict on the best look, written down, and the export that follows from it."""
         first, verdict = self.first_look(), unlabelled(self.run.notices)
-        step = int(build_network(self.continued)[1].training["steps"])
+        step = int(read_card(self.continued).training["steps"])
         if self.labelled is not None and first is not None:
             LOGGER.info("the network of step %d is read once more, to be judged", step)
             last = self._look_at(CONTINUED, self.labelled, self.sizes, usual=first.size)

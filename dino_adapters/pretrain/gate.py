@@ -11,7 +11,7 @@ from scipy import stats
 
 from dino_adapters.contracts import DataError
 from dino_adapters.measure.intervals import paired_bootstrap, units_of
-from dino_adapters.pretrain.answers import mean_recall, recall_weights
+from dino_adapters.pretrain.answers import LEAST_CHANGED, mean_recall, recall_weights
 from dino_adapters.pretrain.labelled import LabelledSet, too_few
 from dino_adapters.pretrain.probe import Look
 from dino_adapters.recipes.running import GateRecipe
@@ -22,9 +22,6 @@ Numbers = tuple[float, float | None, float | None]
 """A difference, and the ends of its interval where it has one."""
 LEAST_GROUPS = 10
 """Fewer groups of images than this are not resampled: the interval would be far too short."""
-LEAST_CHANGED = 6
-"""If fewer groups are answered otherwise, all for the better, chance does so in more than one case
-of twenty (sign test: 2 / 2^5 = 0.06); resampling, which may miss them all, would not see that."""
 LEVEL = 0.95
 RESAMPLES = 4000
 NAMES = {"start": "the network that the run started from", "continued": "the continued network"}
@@ -56,8 +53,8 @@ class Verdict:
         sentence: All of this in words.
         chosen_by: Difference, lower and upper end on the images that reading size and best look
             were chosen by; they flatter both networks.
-        same_size: The same with the start read at the size of the network now, where that is not
-            the start's own.
+        other: The same with the start read at another size: its best one, or that of the network
+            now, whichever `sizes` does not tell; None where they are one size.
     """
 
     kind: Literal["better", "same", "worse", "unknown"]
@@ -71,12 +68,12 @@ class Verdict:
     sizes: tuple[int, int] | None
     sentence: str
     chosen_by: Numbers | None = None
-    same_size: Numbers | None = None
+    other: Numbers | None = None
 
     def as_json(self) -> dict[str, Any]:
         """JSON-safe."""
         told = asdict(self)
-        for name in ("knn", "linear", "sizes", "chosen_by", "same_size"):
+        for name in ("knn", "linear", "sizes", "chosen_by", "other"):
             told[name] = None if told[name] is None else list(told[name])
         return told
 
@@ -160,22 +157,20 @@ def agreed(own: Verdict, same_size: Verdict) -> Verdict:
     """
     if own.sizes == same_size.sizes:
         return own
-    readings = [own, same_size]
-    if own.kind == same_size.kind and own.kind in ("better", "worse"):
-        found = min(readings, key=lambda one: abs(one.difference or 0.0))
-    elif "same" in (own.kind, same_size.kind):
-        found = own if own.kind == "same" else same_size
-    elif own.kind == same_size.kind:
-        found = own
-    else:
+    kinds = {own.kind, same_size.kind}
+    if kinds == {"better", "worse"}:
         sentence = (
-            "No difference to the start is shown: one reading of the start is better than this "
-            "network and the other worse."
+            "No difference to the start is shown: this network is better than one reading of it "
+            "and worse than the other."
         )
-        found = replace(own, kind="same", sentence=sentence)
-    told = readings if found not in readings else [one for one in readings if one is not found]
-    others = " ".join(f"{_told(*_numbers(one), _sizes(one))}." for one in told)
-    return replace(found, same_size=_numbers(same_size), sentence=f"{found.sentence} {others}")
+        told = " ".join(_reading(one) for one in (own, same_size))
+        return replace(own, kind="same", sentence=f"{sentence} {told}", other=_numbers(same_size))
+    if len(kinds) == 1:
+        found, other = sorted((own, same_size), key=lambda one: abs(one.difference or 0.0))
+    else:  # what is not shown, or cannot be, decides
+        found = next(o for k in ("unknown", "same") for o in (own, same_size) if o.kind == k)
+        other = same_size if found is own else own
+    return replace(found, other=_numbers(other), sentence=f"{found.sentence} {_reading(other)}")
 
 
 def unopposed(verdict: Verdict, chosen_by: Paired, *, seen: bool) -> Verdict:
@@ -348,6 +343,11 @@ def _told(difference: float, low: float | None, high: float | None, what: str = 
     if low is not None and high is not None:
         interval = f"95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
     return f"{100 * difference:+.1f} points ({'; '.join(filter(None, (interval, what)))})"
+
+
+def _reading(found: Verdict) -> str:
+    assert found.sizes is not None
+    return f"With the start read at {found.sizes[0]} px: {_told(*_numbers(found))}."
 
 
 def _images(found: Verdict, *, seen: bool) -> str:

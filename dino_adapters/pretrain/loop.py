@@ -89,7 +89,7 @@ def run_through(
         repeatable(run.learner.device),
         progress("pretrain", all_steps, begun=begun, quiet=quiet) as shown,
     ):
-        ended = done = begun == all_steps or run.progress.ended
+        ended = done = begun >= all_steps or run.progress.ended
         while not ended:
             ended = steps(run, folder, watch, request, shown.step)
     if not done:

@@ -34,7 +34,7 @@ class PhasePlan:
         decoding_s: seconds that reading and decoding add to the whole phase.
         looks_s: seconds of all looks at the network, about.
         judging: what a verdict will be read from.
-        warnings: what a run would warn of.
+        warnings: those that a run would give while it is built, but for those on settings.
         divided: whether micro-batches were tried, so that `memory` tells them apart.
     """
 

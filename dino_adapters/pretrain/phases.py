@@ -127,6 +127,7 @@ def pretrain(
 
 def deliver(last: RunFolder, folder: RunFolder) -> None:
     """Puts what the last phase delivers, and its verdict, where a run has them."""
+    (folder.path / GATE).unlink(missing_ok=True)  # one of an earlier recipe
     if (last.path / GATE).exists():
         shutil.copyfile(last.path / GATE, folder.path / GATE)
     copy_export(last.export, folder.export)

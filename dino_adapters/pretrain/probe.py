@@ -42,15 +42,16 @@ class Look:
 
     Attributes:
         size: Side in pixels that it was read at, chosen on the gallery.
-        selection: Balanced accuracy within the gallery at that size, k-NN and linear probe
-            averaged: what the best look and an early stop are chosen by.
+        selection: Balanced accuracy within the gallery, k-NN and linear probe averaged, at the
+            usual size, whatever `size` is: what the best look and an early stop are chosen by.
+            Without a usual size, at that one.
         scores: The same of every size tried.
         strength: C of the linear probe, chosen on the gallery.
         answers: bool `(2, queries)`: whether k-NN and linear probe were right; False where a file
             could not be read.
         answered: bool `(queries,)`: whether the file could be read.
         held_out: bool `(2, gallery)`: whether either was right about an image of the gallery, its
-            own group being left out; `selection` is their balanced accuracy.
+            own group being left out; of `size`.
         asked: bool `(gallery,)`: whether it could be asked for.
         knn: Balanced accuracy of k-NN on the queries.
         linear: The same of the linear probe.
@@ -169,8 +170,9 @@ def look(
         scores[size] = float(
             np.mean([mean_recall(row[can_be_asked], known) for row in held_out[size]])
         )
-    size = max(scores, key=lambda one: (scores[one], -one))
+    ranked = size = max(scores, key=lambda one: (scores[one], -one))
     if usual is not None and usual in scores:
+        ranked = usual
         best, other = (held_out[one][:, can_be_asked] for one in (size, usual))
         if not shown_better(best, other, classes[can_be_asked], groups[can_be_asked]):
             size = usual
@@ -191,7 +193,7 @@ def look(
     knn_score, linear_score = (mean_recall(row, truth) for row in right)
     return Look(
         size=size,
-        selection=scores[size],
+        selection=scores[ranked],
         scores=scores,
         strength=strength,
         answers=answers,

@@ -97,7 +97,7 @@ class Measured:
         decode_seconds: to read and decode one.
         look_seconds: of one image's forward pass at the global crops' size.
         look_sizes: sides in pixels that labelled images are looked at.
-        warnings: what was said while the run was built.
+        warnings: given while the run was built, but for those on its settings.
     """
 
     batch: int

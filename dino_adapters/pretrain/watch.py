@@ -15,7 +15,7 @@ from dino_adapters.data.resize import to_square, unit_range
 from dino_adapters.pretrain.candidates import Candidates
 from dino_adapters.pretrain.delivery import copy_export
 from dino_adapters.pretrain.diagnosis import DROP, Finding, diagnose
-from dino_adapters.pretrain.gate import change_of_selection, early_stop
+from dino_adapters.pretrain.gate import GATE, change_of_selection, early_stop
 from dino_adapters.pretrain.health import look_at
 from dino_adapters.pretrain.intake import evenly
 from dino_adapters.pretrain.learned import NEVER
@@ -137,7 +137,7 @@ class Watch:
             self._open_board()
 
     def deliver(self) -> Path:
-        """Exports the result, or with a gate the better of start and result."""
+        """Exports the result; with a gate the start, unless the result is shown to be better."""
         run, export = self.run, self.folder.export
         best = self.candidates.continued
         if not self.keeps_best:
@@ -146,6 +146,8 @@ class Watch:
             run.export(best)
         if run.world.leads and self.board is not None:
             self.board.close()
+        if run.world.leads and self.recipe.gate is None:  # one of an earlier recipe
+            (self.folder.path / GATE).unlink(missing_ok=True)
         if self.keeps_best:
             together(lambda: self._choose(best, export), run.world)
         return export

@@ -99,7 +99,7 @@ class PretrainRecipe(Section):
     monitor: MonitorRecipe = MonitorRecipe()
     """What is watched."""
     gate: GateRecipe | None = None
-    """Deliver the better of start and result; None delivers the result."""
+    """Deliver the start, unless the result is shown to be better; None delivers the result."""
     guard: GuardRecipe = GuardRecipe()
     """What happens to steps that are not finite."""
     parallel: ParallelRecipe = ParallelRecipe()

@@ -265,7 +265,8 @@ def _explain(details: Mapping[str, Any], kind: type[BaseModel]) -> str:
         holder = _model_at(kind, names[:-1])
         known = holder.model_fields if holder is not None else {}
         hint = nearest(names[-1], known)
-        if hint.startswith("Did"):
+        # A place in a list is no name that could be typed.
+        if hint.startswith("Did") and not any(name.isdecimal() for name in names):
             hint = hint.replace("'", "".join(["'", *(f"{part}." for part in names[:-1])]), 1)
         elsewhere = [path for path in _all_names(kind) if path[-1] == names[-1]]
         if elsewhere and not hint.startswith("Did"):

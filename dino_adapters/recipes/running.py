@@ -40,7 +40,8 @@ class GateRecipe(Section):
     """The run ends by comparing what it made with what it started from.
 
     With labels, k-NN and linear probe of both are compared on images that nothing was chosen on,
-    and the better one is exported. Both stay in the run's folder.
+    and the start is exported unless the result is shown to be better, or `unshown` says otherwise.
+    Both stay in the run's folder.
     """
 
     unshown: Literal["start", "continued"] = "start"

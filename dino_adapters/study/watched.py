@@ -290,4 +290,4 @@ def _shown(sign: Sign, look: Mapping[str, Any]) -> str:
     if value is None:
         return ""
     interval = " to ".join(f"{end:+.{sign.digits}f}" for end in ends if end is not None)
-    return f"{value:,.{sign.digits}f}" + (f" ({interval})" if interval else "")
+    return f"{value:+.{sign.digits}f} ({interval})" if interval else f"{value:,.{sign.digits}f}"

@@ -203,3 +203,9 @@ def test_one_group_shows_nothing():
     right, wrong = np.ones((2, 6), dtype=bool), np.zeros((2, 6), dtype=bool)
     assert not shown_better(right, wrong, np.array(list("ababab")), np.zeros(6))
     assert shown_better(right, wrong, np.array(list("ababab")), np.arange(6))
+    few = wrong.repeat(10, axis=1)
+    few[:, :5] = True  # five of sixty, all for the better
+    labels, before = np.array(list("ab" * 30)), np.zeros((2, 60), dtype=bool)
+    assert not shown_better(few, before, labels, np.arange(60))
+    few[:, :8] = True
+    assert shown_better(few, before, labels, np.arange(60))

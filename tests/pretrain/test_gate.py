@@ -245,10 +245,11 @@ def test_a_change_of_size_is_no_gain(labelled_of):
     worse = judge(rival, look_of(own.answers, images), images)
     both = agreed(better, worse)
     assert both.kind == "same"
-    assert both.sentence.startswith("No difference to the start is shown: one reading")
-    for one in (better, worse):
+    assert both.sentence.startswith("No difference to the start is shown: this network is")
+    for one, size in ((better, 24), (worse, 16)):
         assert one.difference is not None
-        assert f"{100 * one.difference:+.1f} points" in both.sentence
+        assert f"read at {size} px: {100 * one.difference:+.1f} points" in both.sentence
+    assert agreed(better, replace(worse, kind="unknown")).kind == "unknown"
 
 
 def test_both_readings_of_the_start_are_told(labelled_of):
@@ -258,12 +259,13 @@ def test_both_readings_of_the_start_are_told(labelled_of):
     rival, now = (look_of(rng.random((2, 120)) < 0.8, images) for _ in range(2))
     first, second = judge(own, now, images), judge(rival, now, images)
     verdict = agreed(first, second)
-    assert verdict.same_size == (second.difference, second.low, second.high)
+    assert verdict.other == (first.difference, first.low, first.high)
+    assert verdict.difference == second.difference
     assert verdict.sentence.startswith(second.sentence)
     # What remains is the other reading, in the words of its own sentence.
     own_words = first.sentence.removeprefix("Better than the start: ").split(" (95 %")[0]
-    assert f" {own_words} (95 % interval " in verdict.sentence.removeprefix(second.sentence)
-    assert verdict.sentence.endswith("read at 16 px and the start at 24 px).")
+    rest = verdict.sentence.removeprefix(second.sentence)
+    assert rest.startswith(f" With the start read at 24 px: {own_words} (95 % interval ")
     # Where answers hardly changed, there is no interval to tell.
     few = look_of(now.answers ^ (np.arange(120) < 3), images)
     told = agreed(judge(own, now, images), judge(few, now, images))

@@ -134,7 +134,7 @@ def test_a_finished_run_is_left_as_it_is(tiny, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         pretrain(tiny(), folder, resume=True, quiet=True)
     assert "nothing is left to train: step 6 of 6" in caplog.messages
-    assert not any("learning rate" in line for line in caplog.messages)
+    assert not any("passes)" in line for line in caplog.messages)  # no run is announced
     assert (state.stat().st_mtime_ns, state.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
 
 

@@ -452,11 +452,11 @@ def test_the_gram_term_begins_when_its_teacher_is_copied(tiny, tmp_path):
         (r"gram and distill are both given", [second(gram={}, distill={"students": {"s": VIT}})]),
         (r"The phases are called first, first\. Give each its own name", [FIRST]),
         (
-            r"no setting 'phases\.second\.optim\.lrr'\. Did you mean 'lr'\?",
+            r"no setting 'phases\.second\.optim\.lrr'\. Did you mean 'phases\.second\.optim\.lr'\?",
             [second(optim={"lrr": 1.0})],
         ),
         (
-            r"no setting 'phases\.second\.gram\.teachr'\. Did you mean 'teacher'\?",
+            r"'phases\.second\.gram\.teachr'\. Did you mean 'phases\.second\.gram\.teacher'\?",
             [second(gram={"teachr": "x"})],
         ),
         (r"no setting 'phases\.1\.optm'\. Did you mean 'optim'\?", [second(optm={"lr": 1.0})]),

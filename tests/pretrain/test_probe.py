@@ -123,7 +123,9 @@ def test_of_equal_sizes_the_smaller_is_taken():
 
 def test_another_size_than_the_starts_must_be_shown_to_be_better():
     clear = {8: table(0, 0.5), 16: table(1, 4.0)}
-    assert look(Planted(clear), INFO, labelled(), (8, 16), usual=8).size == 16
+    moved = look(Planted(clear), INFO, labelled(), (8, 16), usual=8)
+    assert moved.size == 16
+    assert moved.selection == moved.scores[8]  # looks are ranked at one size
     close = {8: table(0, 2.0), 16: table(1, 2.1)}
     free = look(Planted(close), INFO, labelled(), (8, 16))
     other = 24 - free.size

@@ -114,7 +114,7 @@ def test_every_sign_has_a_chart_and_a_line_of_the_table(folder):
     rows = {row[0]: row[1:] for row in table.rows}
     assert len(rows) == sum(len(signs) for signs in CHARTS.values())
     assert rows["RankMe"] == ("20.0", "31.5", "rises, or holds")
-    assert rows["probes to judge by, less the start, in points"][:2] == ("", "4.0 (+1.0 to +7.0)")
+    assert rows["probes to judge by, less the start, in points"][:2] == ("", "+4.0 (+1.0 to +7.0)")
     assert rows["labelled images, balanced accuracy in %: k-NN, to judge by"][:2] == (
         "50.0",
         "55.0",
