@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 from dino_adapters.contracts import BackboneInfo
 from dino_adapters.pretrain.delivery import method_of
-from dino_adapters.pretrain.gate import LEAST_GROUPS
 from dino_adapters.pretrain.labelled import LabelledSet, too_few
 from dino_adapters.pretrain.resolve import Reason
 from dino_adapters.pretrain.run import Run
 from dino_adapters.pretrain.schedules import scaled_rate
+from dino_adapters.pretrain.verdict import LEAST_GROUPS
 from dino_adapters.recipes.pretrain import PretrainRecipe
 from dino_adapters.runtime.console import Notices
 

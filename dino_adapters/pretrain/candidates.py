@@ -17,7 +17,6 @@ from dino_adapters.pretrain.gate import (
     CANDIDATES,
     GATE,
     Choice,
-    Verdict,
     agreed,
     change_of_selection,
     delivered,
@@ -32,6 +31,7 @@ from dino_adapters.pretrain.probe import Look, look, sizes_for
 from dino_adapters.pretrain.rows import PREFIX
 from dino_adapters.pretrain.run import Run
 from dino_adapters.pretrain.sizes import largest_global
+from dino_adapters.pretrain.verdict import Verdict
 from dino_adapters.recipes.running import GateRecipe
 from dino_adapters.runtime.files import write_json
 from dino_adapters.runtime.runfolder import RunFolder

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from scipy import stats
@@ -14,14 +14,20 @@ from dino_adapters.measure.intervals import paired_bootstrap, units_of
 from dino_adapters.pretrain.answers import LEAST_CHANGED, mean_recall, recall_weights
 from dino_adapters.pretrain.labelled import LabelledSet, too_few
 from dino_adapters.pretrain.probe import Look
+from dino_adapters.pretrain.verdict import (
+    LEAST_GROUPS,
+    Verdict,
+    images_of,
+    in_points,
+    numbers_of,
+    reading,
+    sizes_of,
+    verdict_sentence,
+)
 from dino_adapters.recipes.running import GateRecipe
 from dino_adapters.runtime.console import Notices
 
 Choice = Literal["start", "continued"]
-Numbers = tuple[float, float | None, float | None]
-"""A difference, and the ends of its interval where it has one."""
-LEAST_GROUPS = 10
-"""Fewer groups of images than this are not resampled: the interval would be far too short."""
 LEVEL = 0.95
 RESAMPLES = 4000
 NAMES = {"start": "the network that the run started from", "continued": "the continued network"}
@@ -29,53 +35,6 @@ CANDIDATES = "candidates"
 """Folder of a run that holds both networks, each by the name of its choice."""
 GATE = "gate.json"
 """The verdict, in the folder of the run."""
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """How a run's network compares with its start. Shares of 1; `x 100` is points.
-
-    Attributes:
-        kind: `better` and `worse` where the whole interval is on one side of 0; `same` where no
-            difference is shown, or where two readings of the start, or the images of the verdict
-            and those chosen by, disagree; `unknown` without labels or with too few groups.
-        difference: Balanced accuracy now less that of the start, k-NN and linear probe averaged;
-            None without labels.
-        low: Lower end of its 95 % interval over other queries of the same kind, this run and the
-            images that the probes learned from being as they are; None with too few groups, or
-            too few that are answered otherwise.
-        high: Upper end.
-        knn: Balanced accuracy of the start and now; None without labels.
-        linear: The same of the linear probe.
-        queries: Images it was read from.
-        groups: Groups that they make.
-        sizes: Sides in pixels that the start and the network now were read at; None without labels.
-        sentence: All of this in words.
-        chosen_by: Difference, lower and upper end on the images that reading size and best look
-            were chosen by; they flatter both networks.
-        other: The same with the start read at another size: its best one, or that of the network
-            now, whichever `sizes` does not tell; None where they are one size.
-    """
-
-    kind: Literal["better", "same", "worse", "unknown"]
-    difference: float | None
-    low: float | None
-    high: float | None
-    knn: tuple[float, float] | None
-    linear: tuple[float, float] | None
-    queries: int
-    groups: int
-    sizes: tuple[int, int] | None
-    sentence: str
-    chosen_by: Numbers | None = None
-    other: Numbers | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """JSON-safe."""
-        told = asdict(self)
-        for name in ("knn", "linear", "sizes", "chosen_by", "other"):
-            told[name] = None if told[name] is None else list(told[name])
-        return told
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +89,7 @@ def judge(start: Look, now: Look, labelled: LabelledSet, *, seed: int = 0) -> Ve
         sizes=(start.size, now.size),
         sentence="",
     )
-    return replace(verdict, sentence=_sentence(verdict, found.changed, seen=labelled.seen))
+    return replace(verdict, sentence=verdict_sentence(verdict, found.changed, seen=labelled.seen))
 
 
 def change_of_selection(start: Look, now: Look, labelled: LabelledSet) -> Paired:
@@ -163,14 +122,14 @@ def agreed(own: Verdict, same_size: Verdict) -> Verdict:
             "No difference to the start is shown: this network is better than one reading of it "
             "and worse than the other."
         )
-        told = " ".join(_reading(one) for one in (own, same_size))
-        return replace(own, kind="same", sentence=f"{sentence} {told}", other=_numbers(same_size))
+        told = " ".join(reading(one) for one in (own, same_size))
+        return replace(own, kind="same", sentence=f"{sentence} {told}", other=numbers_of(same_size))
     if len(kinds) == 1:
         found, other = sorted((own, same_size), key=lambda one: abs(one.difference or 0.0))
     else:  # what is not shown, or cannot be, decides
         found = next(o for k in ("unknown", "same") for o in (own, same_size) if o.kind == k)
         other = same_size if found is own else own
-    return replace(found, other=_numbers(other), sentence=f"{found.sentence} {_reading(other)}")
+    return replace(found, other=numbers_of(other), sentence=f"{found.sentence} {reading(other)}")
 
 
 def unopposed(verdict: Verdict, chosen_by: Paired, *, seen: bool) -> Verdict:
@@ -190,10 +149,10 @@ def unopposed(verdict: Verdict, chosen_by: Paired, *, seen: bool) -> Verdict:
     if verdict.kind != "better" or chosen_by.high is None or chosen_by.high >= 0:
         return verdict
     sentence = (
-        f"No difference to the start is shown: {_told(*_numbers(verdict))} on "
-        f"{_images(verdict, seen=seen)}, but {_told(*loss)} on the {chosen_by.queries} that "
+        f"No difference to the start is shown: {in_points(*numbers_of(verdict))} on "
+        f"{images_of(verdict, seen=seen)}, but {in_points(*loss)} on the {chosen_by.queries} that "
         f"reading size and best look were chosen by (k-NN and linear probe averaged, "
-        f"{_sizes(verdict)})."
+        f"{sizes_of(verdict)})."
     )
     return replace(verdict, kind="same", sentence=sentence)
 
@@ -308,58 +267,3 @@ def _kind(found: Paired) -> Literal["better", "same", "worse", "unknown"]:
     if found.low is None or found.high is None or found.low <= 0 <= found.high:
         return "same"
     return "better" if found.low > 0 else "worse"
-
-
-def _sentence(found: Verdict, changed: int, *, seen: bool) -> str:
-    assert found.difference is not None
-    points = f"{100 * found.difference:+.1f} points"
-    what = f"k-NN and linear probe averaged, {_sizes(found)}, {_images(found, seen=seen)}"
-    if found.kind == "unknown":
-        return (
-            f"Whether this is better than the start stays open: {points}, and over {found.groups} "
-            f"groups of images an interval would be too short to trust ({what}). {LEAST_GROUPS} "
-            "are needed: label images of more groups."
-        )
-    if found.low is None or found.high is None:
-        return (
-            f"No difference to the start is shown: {points}, and only {changed} of {found.groups} "
-            f"groups of images are answered otherwise, where {LEAST_CHANGED} are needed ({what})."
-        )
-    said = {
-        "better": "Better than the start",
-        "worse": "Worse than the start",
-        "same": "No difference to the start is shown",
-    }[found.kind]
-    return f"{said}: {_told(*_numbers(found), what)}."
-
-
-def _numbers(found: Verdict) -> Numbers:
-    assert found.difference is not None
-    return found.difference, found.low, found.high
-
-
-def _told(difference: float, low: float | None, high: float | None, what: str = "") -> str:
-    interval = "no interval"
-    if low is not None and high is not None:
-        interval = f"95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
-    return f"{100 * difference:+.1f} points ({'; '.join(filter(None, (interval, what)))})"
-
-
-def _reading(found: Verdict) -> str:
-    assert found.sizes is not None
-    return f"With the start read at {found.sizes[0]} px: {_told(*_numbers(found))}."
-
-
-def _images(found: Verdict, *, seen: bool) -> str:
-    images = f"{found.queries} images"
-    images += f" in {found.groups} groups" if found.groups < found.queries else ""
-    # Training may have seen the images themselves, as it does without a split.
-    return f"{images} " + (
-        "whose labels nothing was chosen by" if seen else "that nothing was chosen on"
-    )
-
-
-def _sizes(found: Verdict) -> str:
-    assert found.sizes is not None
-    before, now = found.sizes
-    return f"read at {now} px" + (f" and the start at {before} px" if before != now else "")

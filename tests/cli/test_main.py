@@ -83,7 +83,7 @@ def test_unknown_settings_name_the_nearest_one(run, tmp_path):
     result = run("pretrain", "data.source=x", "optim.lrr=1e-3", "--out", tmp_path / "a")
     assert result.exit_code == 2
     assert "'optim.lrr'" in result.stderr
-    assert "'lr'" in result.stderr
+    assert "'optim.lr'" in result.stderr
     assert not (tmp_path / "a").exists()
 
 

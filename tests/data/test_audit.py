@@ -58,7 +58,7 @@ def test_unreadable_files_are_named_with_the_reason(photos: Path):
     found = inspect(open_source(photos))
     assert [key for key, _ in found.unreadable] == ["cat/cat1.png"]
     assert found.unreadable[0][1].startswith("cat/cat1.png is text, not an image")
-    assert said(found, "1 of 12 images cannot be used (cat/cat1.png); they are skipped")
+    assert said(found, "1 of 12 images cannot be used (cat/cat1.png); a run that meets")
 
 
 def test_more_unreadable_files_than_runs_allow(photos: Path):

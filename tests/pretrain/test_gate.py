@@ -21,7 +21,6 @@ from dino_adapters.pretrain.answers import (
 )
 from dino_adapters.pretrain.gate import (
     Paired,
-    Verdict,
     agreed,
     change_of_selection,
     delivered,
@@ -33,6 +32,7 @@ from dino_adapters.pretrain.gate import (
 )
 from dino_adapters.pretrain.labelled import TOO_FEW, labelled_set
 from dino_adapters.pretrain.probe import Look
+from dino_adapters.pretrain.verdict import Verdict
 from dino_adapters.recipes.pretrain import PretrainRecipe
 from dino_adapters.recipes.running import GateRecipe
 from dino_adapters.runtime.console import Notices
