@@ -147,7 +147,7 @@ def test_gate(images, script, capsys):
         kept = row["exported"] == "start"
         assert row["exported_gain"] == (0.0 if kept else row["gain"])
         assert all(0.0 <= row[f"shot_{shot}"] <= 1.0 for shot in (1, 5, 10))
-    assert len({tuple(row[f"start_{shot}"] for shot in (1, 5, 10)) for row in rows}) == 1
+    assert len({tuple(row[f"start_shot_{shot}"] for shot in (1, 5, 10)) for row in rows}) == 1
     recipes = {
         name: json.loads((images / f"out/runs/{name}_0/recipe.json").read_text())
         for name in ("naive", "ours", "lora", "scratch")
