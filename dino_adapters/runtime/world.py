@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from dino_adapters.contracts import RecipeError
+from dino_adapters.runtime.meeting import meet
 
 PATIENCE = timedelta(minutes=30)
 """How long ranks wait for each other: the first one evaluates and writes while others wait."""
@@ -105,7 +106,13 @@ def joined(device: str = "auto") -> Iterator[World]:
     on_gpu = chosen.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(chosen.index or 0)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=meet(rank, world.size, PATIENCE),
+        rank=rank,
+        world_size=world.size,
+        timeout=PATIENCE,
+    )
     try:
         yield world
     finally:

@@ -59,14 +59,17 @@ def test_a_killed_rank_ends_the_job_and_the_job_goes_on(tiny, tmp_path):
     told.write_text(json.dumps(recipe.model_dump(mode="json")))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     job = [*launcher, "--nproc-per-node=2", "--max-restarts=1", SCRIPT, told, folder.path]
-    process = subprocess.Popen([str(word) for word in job], stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and len(folder.rows()) < 5:
-        time.sleep(0.01)
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
-    ).stdout.split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    _, said = process.communicate(timeout=300)
+    with subprocess.Popen([str(w) for w in job], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while process.poll() is None and len(folder.rows()) < 5:
+                time.sleep(0.01)
+            children = subprocess.run(
+                ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+            ).stdout.split()
+            os.kill(int(children[-1]), signal.SIGKILL)
+            _, said = process.communicate(timeout=300)
+        finally:
+            process.terminate()  # torchrun ends its processes, too
     assert process.returncode == 0, said[-2000:]
     assert [row["step"] for row in folder.rows_with("loss")] == list(range(12))
     alone = RunFolder(tmp_path / "alone")

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from dino_adapters.contracts import RecipeError
+from dino_adapters.runtime import world as world_module
 from dino_adapters.runtime.world import ALONE, World, joined, pick_device
 
 TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -34,6 +35,7 @@ def gpus(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+        monkeypatch.setattr(world_module, "meet", lambda *_: None)
         monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: chosen.append(backend))
         monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
         return chosen

@@ -1,0 +1,67 @@
+"""The processes of a job agree on a part of the store, whatever earlier starts left in it."""
+
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+from torch.distributed import DistStoreError
+from torch.distributed.rendezvous import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from dino_adapters.runtime.meeting import fresh_part
+
+LIMIT = timedelta(seconds=20)
+
+
+@pytest.fixture
+def server():
+    """A store as torchrun serves it; it lives as long as the test."""
+    return TCPStore("127.0.0.1", 0, is_master=True, timeout=LIMIT, wait_for_workers=False)
+
+
+def client(server):
+    return TCPStore(
+        "127.0.0.1", server.port, is_master=False, timeout=LIMIT, wait_for_workers=False
+    )
+
+
+def start(server, size, delays):
+    """One start of all processes, each with a connection of its own: which part each has."""
+
+    def process(rank):
+        time.sleep(delays[rank])
+        part = fresh_part(client(server), rank, size, LIMIT)
+        assert not part.check(["address"])  # nothing of an earlier start
+        part.set(f"hello/{rank}", "")
+        part.wait([f"hello/{other}" for other in range(size)])  # all are in the same part
+        if rank == 0:
+            part.set("address", "where the first one listens")
+        return part.get("address"), part
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(process, range(size)))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_each_start_has_a_part_of_its_own(server, size):
+    draws = random.Random(size)
+    for _ in range(4):  # the first process comes first, last and between
+        delays = [draws.uniform(0, 0.2) for _ in range(size)]
+        assert len(start(server, size, delays)) == size
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_start_that_was_killed_half_way_is_passed_over(server, late):
+    """One process left a name that nobody answered, one was answered and never signed."""
+    for rank, name in ((1, "unanswered"), (2, "answered")):
+        server.set(f"come/{rank}", name)
+    server.set("answer/answered", "a part that nobody is in")
+    delays = [0.0, 0.0, 0.0]
+    delays[late] = 0.3
+    assert len(start(server, 3, delays)) == 3
+
+
+def test_a_process_that_never_comes_is_named(server):
+    with pytest.raises(DistStoreError, match="2 of 3 processes, the first of rank 1"):
+        fresh_part(client(server), 0, 3, timedelta(seconds=0.2))
