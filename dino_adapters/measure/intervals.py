@@ -21,6 +21,8 @@ from dino_adapters.contracts import DataError, ShapeError
 
 CHUNK_CELLS = 2**22
 """Weights held at once by a bootstrap: 32 MiB in float64."""
+LEAST_GROUPS = 10
+"""Verdicts need as many groups of images: from fewer, an interval would be far too short."""
 
 
 def mean_interval(

@@ -7,12 +7,12 @@ import math
 from collections.abc import Sequence
 
 from dino_adapters.contracts import BackboneInfo
+from dino_adapters.measure.intervals import LEAST_GROUPS
 from dino_adapters.pretrain.delivery import method_of
 from dino_adapters.pretrain.labelled import LabelledSet, too_few
 from dino_adapters.pretrain.resolve import Reason
 from dino_adapters.pretrain.run import Run
 from dino_adapters.pretrain.schedules import scaled_rate
-from dino_adapters.pretrain.verdict import LEAST_GROUPS
 from dino_adapters.recipes.pretrain import PretrainRecipe
 from dino_adapters.runtime.console import Notices
 
@@ -29,15 +29,20 @@ def say(reasons: Sequence[Reason]) -> None:
 
 def announce(run: Run) -> None:
     """Says what was resolved, before the first step."""
-    recipe, count = run.recipe, len(run.feed.keys)
-    name = run.infos[""].name
+    recipe, name = run.recipe, run.infos[""].name
     if recipe.objective.ibot_weight > 0 and not run.learner.with_ibot and not recipe.distill:
         LOGGER.warning("%s has no mask token, so it trains without iBOT.", name)
     if run.progress.step >= recipe.steps or run.progress.ended:
         LOGGER.info("nothing is left to train: step %d of %d", run.progress.step, recipe.steps)
-        for line in judging(recipe, run.labelled, run.notices):
-            LOGGER.info("%s", line)
-        return
+    else:
+        _announce_training(run)
+    for line in judging(recipe, run.labelled, run.notices):
+        LOGGER.info("%s", line)
+
+
+def _announce_training(run: Run) -> None:
+    """Says who learns, from what, at which rate and for how long."""
+    recipe, count, name = run.recipe, len(run.feed.keys), run.infos[""].name
     if run.progress.step:
         LOGGER.info("going on from step %d of %d", run.progress.step, recipe.steps)
     if recipe.distill is None:
@@ -46,8 +51,6 @@ def announce(run: Run) -> None:
         LOGGER.info("%s starts from %s", name, known)
     else:
         announce_students(run.infos)
-    for line in judging(recipe, run.labelled, run.notices):
-        LOGGER.info("%s", line)
     divided = "" if run.world.size == 1 else f", {run.world.size} processes"
     peak = scaled_rate(recipe.optim.lr, recipe.optim.batch_size, recipe.optim.lr_rule)
     if recipe.optim.lr_rule != "none":

@@ -143,25 +143,45 @@ def recall_weights(labels: np.ndarray) -> np.ndarray:
     return len(labels) / (len(counts) * counts[codes])
 
 
-def shown_better(
+def gains_of_groups(
     now: np.ndarray, before: np.ndarray, labels: np.ndarray, groups: np.ndarray
-) -> bool:
-    """Whether answers are right more often beyond chance: paired t-test over groups, 95 %.
+) -> np.ndarray:
+    """What each group adds to the gain in balanced accuracy, times the number of images.
 
     Args:
         now: Right or wrong, bool `(2, n)`, of two probes whose gains are averaged.
         before: The same of others, about the same images.
         labels: Classes `(n,)`, which count alike.
-        groups: Groups `(n,)`; where the gains of fewer than `LEAST_CHANGED` differ from 0, nothing
-            is shown.
+        groups: Groups `(n,)`.
     """
     names, unit = units_of(groups)
     difference = now.astype(float).mean(axis=0) - before.astype(float).mean(axis=0)
-    gains = np.bincount(unit, difference * recall_weights(labels), len(names))
-    if np.count_nonzero(np.abs(gains) > 1e-9) < LEAST_CHANGED:
+    return np.bincount(unit, difference * recall_weights(labels), len(names))
+
+
+def how_many_changed(gains: np.ndarray) -> int:
+    """Groups whose gain is not 0, but for rounding."""
+    return int(np.count_nonzero(np.abs(gains) > 1e-9))
+
+
+def shown_better(
+    now: np.ndarray, before: np.ndarray, labels: np.ndarray, groups: np.ndarray
+) -> bool:
+    """Whether answers are right more often beyond chance: paired t-test over groups, 95 %.
+
+    Nothing is shown where fewer than `LEAST_CHANGED` groups have a gain or a loss.
+
+    Args:
+        now: As for `gains_of_groups`.
+        before: As there.
+        labels: As there.
+        groups: As there.
+    """
+    gains = gains_of_groups(now, before, labels, groups)
+    if how_many_changed(gains) < LEAST_CHANGED:
         return False
-    error = gains.std(ddof=1) / np.sqrt(len(names))
-    return bool(gains.mean() > stats.t.ppf(0.975, len(names) - 1) * error)
+    error = gains.std(ddof=1) / np.sqrt(len(gains))
+    return bool(gains.mean() > stats.t.ppf(0.975, len(gains) - 1) * error)
 
 
 def _standardised(bank: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -10,16 +10,20 @@ import numpy as np
 from scipy import stats
 
 from dino_adapters.contracts import DataError
-from dino_adapters.measure.intervals import paired_bootstrap, units_of
-from dino_adapters.pretrain.answers import LEAST_CHANGED, mean_recall, recall_weights
+from dino_adapters.measure.intervals import LEAST_GROUPS, paired_bootstrap
+from dino_adapters.pretrain.answers import (
+    LEAST_CHANGED,
+    gains_of_groups,
+    how_many_changed,
+    mean_recall,
+    recall_weights,
+)
 from dino_adapters.pretrain.labelled import LabelledSet, too_few
 from dino_adapters.pretrain.probe import Look
 from dino_adapters.pretrain.verdict import (
-    LEAST_GROUPS,
     Verdict,
     images_of,
     in_points,
-    numbers_of,
     reading,
     sizes_of,
     verdict_sentence,
@@ -123,13 +127,13 @@ def agreed(own: Verdict, same_size: Verdict) -> Verdict:
             "and worse than the other."
         )
         told = " ".join(reading(one) for one in (own, same_size))
-        return replace(own, kind="same", sentence=f"{sentence} {told}", other=numbers_of(same_size))
+        return replace(own, kind="same", sentence=f"{sentence} {told}", other=same_size.numbers)
     if len(kinds) == 1:
         found, other = sorted((own, same_size), key=lambda one: abs(one.difference or 0.0))
     else:  # what is not shown, or cannot be, decides
         found = next(o for k in ("unknown", "same") for o in (own, same_size) if o.kind == k)
         other = same_size if found is own else own
-    return replace(found, other=numbers_of(other), sentence=f"{found.sentence} {reading(other)}")
+    return replace(found, other=other.numbers, sentence=f"{found.sentence} {reading(other)}")
 
 
 def unopposed(verdict: Verdict, chosen_by: Paired, *, seen: bool) -> Verdict:
@@ -149,8 +153,8 @@ def unopposed(verdict: Verdict, chosen_by: Paired, *, seen: bool) -> Verdict:
     if verdict.kind != "better" or chosen_by.high is None or chosen_by.high >= 0:
         return verdict
     sentence = (
-        f"No difference to the start is shown: {in_points(*numbers_of(verdict))} on "
-        f"{images_of(verdict, seen=seen)}, but {in_points(*loss)} on the {chosen_by.queries} that "
+        f"No difference to the start is shown: {in_points(verdict.numbers)} on "
+        f"{images_of(verdict, seen=seen)}, but {in_points(loss)} on the {chosen_by.queries} that "
         f"reading size and best look were chosen by (k-NN and linear probe averaged, "
         f"{sizes_of(verdict)})."
     )
@@ -239,10 +243,9 @@ def _paired(
     )
     difference = (knn[1] - knn[0] + linear[1] - linear[0]) / 2
     weights = recall_weights(labels)
-    names, unit = units_of(groups)
-    gains = np.bincount(unit, (after * weights - before * weights).sum(axis=0), len(names))
-    changed, low, high = int(np.count_nonzero(np.abs(gains) > 1e-9)), None, None
-    if len(names) >= LEAST_GROUPS and changed >= LEAST_CHANGED:
+    gains, low, high = gains_of_groups(after, before, labels, groups), None, None
+    changed = how_many_changed(gains)
+    if len(gains) >= LEAST_GROUPS and changed >= LEAST_CHANGED:
         _, low, high = paired_bootstrap(
             after * weights,
             before * weights,
@@ -250,9 +253,9 @@ def _paired(
             over_draws=False,
             seed=seed,
             resamples=RESAMPLES,
-            level=_expanded(len(names)),
+            level=_expanded(len(gains)),
         )
-    return Paired((knn, linear), difference, low, high, len(keys), len(names), changed)
+    return Paired((knn, linear), difference, low, high, len(keys), len(gains), changed)
 
 
 def _expanded(units: int) -> float:

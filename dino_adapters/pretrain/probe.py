@@ -139,8 +139,8 @@ def look(
     The gallery is read at every size, the queries only at the one that suits the gallery best
     (equal scores: the smaller), or at the usual one, where the best is not shown to be better: the
     best of several sizes is partly chance, and the change of size would look like one of the
-    network. Queries whose vectors are not finite count as wrong answers; one
-    such vector in the gallery makes all answers at that size wrong.
+    network. Queries whose vectors are not finite count as wrong answers; one such vector in the
+    gallery makes all answers at that size wrong.
 
     Args:
         network: In any mode; it is left as it was. Weights spread over devices need this call on

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from dino_adapters.measure.intervals import LEAST_GROUPS
 from dino_adapters.pretrain.answers import LEAST_CHANGED
 
-LEAST_GROUPS = 10
-"""Fewer groups of images than this are not resampled: the interval would be far too short."""
 Numbers = tuple[float, float | None, float | None]
 """A difference, and the ends of its interval where it has one."""
 
@@ -52,6 +51,12 @@ class Verdict:
     chosen_by: Numbers | None = None
     other: Numbers | None = None
 
+    @property
+    def numbers(self) -> Numbers:
+        """The difference, with both ends of the interval; only with labels."""
+        assert self.difference is not None
+        return self.difference, self.low, self.high
+
     def as_json(self) -> dict[str, Any]:
         """JSON-safe."""
         told = asdict(self)
@@ -62,8 +67,7 @@ class Verdict:
 
 def verdict_sentence(found: Verdict, changed: int, *, seen: bool) -> str:
     """The verdict in words; `changed`: groups about which the answers differ."""
-    assert found.difference is not None
-    points = f"{100 * found.difference:+.1f} points"
+    points = f"{100 * found.numbers[0]:+.1f} points"
     what = f"k-NN and linear probe averaged, {sizes_of(found)}, {images_of(found, seen=seen)}"
     if found.kind == "unknown":
         return (
@@ -81,17 +85,12 @@ def verdict_sentence(found: Verdict, changed: int, *, seen: bool) -> str:
         "worse": "Worse than the start",
         "same": "No difference to the start is shown",
     }[found.kind]
-    return f"{said}: {in_points(*numbers_of(found), what)}."
+    return f"{said}: {in_points(found.numbers, what)}."
 
 
-def numbers_of(found: Verdict) -> Numbers:
-    """Its difference, with both ends of the interval."""
-    assert found.difference is not None
-    return found.difference, found.low, found.high
-
-
-def in_points(difference: float, low: float | None, high: float | None, what: str = "") -> str:
+def in_points(numbers: Numbers, what: str = "") -> str:
     """A difference in points, its interval, and what it was read from."""
+    difference, low, high = numbers
     interval = "no interval"
     if low is not None and high is not None:
         interval = f"95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
@@ -101,7 +100,7 @@ def in_points(difference: float, low: float | None, high: float | None, what: st
 def reading(found: Verdict) -> str:
     """What another reading of the start says."""
     assert found.sizes is not None
-    return f"With the start read at {found.sizes[0]} px: {in_points(*numbers_of(found))}."
+    return f"With the start read at {found.sizes[0]} px: {in_points(found.numbers)}."
 
 
 def images_of(found: Verdict, *, seen: bool) -> str:

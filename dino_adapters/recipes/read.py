@@ -264,10 +264,10 @@ def _explain(details: Mapping[str, Any], kind: type[BaseModel]) -> str:
     if problem == "extra_forbidden":
         holder = _model_at(kind, names[:-1])
         known = holder.model_fields if holder is not None else {}
-        hint = nearest(names[-1], known)
         # A place in a list is no name that could be typed.
-        if hint.startswith("Did") and not any(name.isdecimal() for name in names):
-            hint = hint.replace("'", "".join(["'", *(f"{part}." for part in names[:-1])]), 1)
+        listed = any(part.isdecimal() for part in names)
+        within = "" if listed else "".join(f"{part}." for part in names[:-1])
+        hint = nearest(names[-1], known, within=within)
         elsewhere = [path for path in _all_names(kind) if path[-1] == names[-1]]
         if elsewhere and not hint.startswith("Did"):
             hint = f"Did you mean '{'.'.join(elsewhere[0])}'?"

@@ -16,12 +16,12 @@ READERS = Registry("reader", scope=SCOPE)
 HEADS = Registry("head", scope=SCOPE)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for a misspelt name: the closest known one, or all of them."""
+def nearest(name: str, known: Iterable[str], *, within: str = "") -> str:
+    """A hint for a misspelt name: the closest known one, with what it stands in, or all of them."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1)
     if close:
-        return f"Did you mean '{close[0]}'?"
+        return f"Did you mean '{within}{close[0]}'?"
     return f"Known: {', '.join(names)}."
 
 

@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from dino_adapters.measure.intervals import paired_bootstrap, paired_interval
+from dino_adapters.measure.intervals import LEAST_GROUPS, paired_bootstrap, paired_interval
 
 Interval = tuple[float, float, float]
-LEAST_GROUPS = 10
-"""Fewer groups of test images than this are not resampled: the interval would be far too short."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,11 @@ class Sign:
     percent: bool = False
     digits: int = 2
 
+    @property
+    def subject(self) -> str:
+        """Its words without what they are there for."""
+        return self.words.partition(",")[0]
+
     def value(self, look: Mapping[str, Any], end: str = "") -> float | None:
         """The number as it is shown, or an end (`_low`, `_high`) of its interval; None without."""
         value = look.get(self.key + end)
@@ -259,7 +264,7 @@ def _points(sign: Sign, looks: Sequence[Mapping[str, Any]]) -> list[tuple[float,
 def _figure(panels: list[Panel], looks: Sequence[Mapping[str, Any]], before: str) -> Figure:
     """All charts, under what became of the probes, or of RankMe where nothing is labelled."""
     changes = [
-        f"{sign.words.split(',')[0]} from {start:.1f} to {end:.1f}{' %' if sign.percent else ''}"
+        f"{sign.subject} from {start:.1f} to {end:.1f}{' %' if sign.percent else ''}"
         for title in (LABELLED, RANK)
         for sign in CHARTS[title]
         if (start := sign.value(looks[0])) is not None

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dino_adapters.study.gain import LEAST_GROUPS, Gain, as_start, gain
+from dino_adapters.measure.intervals import LEAST_GROUPS
+from dino_adapters.study.gain import Gain, as_start, gain
 
 
 def made(shift, draws=10, queries=60, groups=20, seed=0):
