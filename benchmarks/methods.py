@@ -114,21 +114,27 @@ def measured(arguments: argparse.Namespace, name: str, seed: int) -> list[Row]:
         folder = RunFolder(arguments.out / "runs" / f"{name}_{seed}")
         export = pretrain(recipe, folder, resume=True, quiet=True)
     trained = time.monotonic()
-    row = read(arguments, export, source, split, seed)
+    # A folder of its own: networks that few steps left equal would wait for each other.
+    features = arguments.out / "features" / f"{name}_{seed}"
+    row = read(arguments, export, features, source, split, seed)
     row |= {"train_s": round(trained - began, 1), "read_s": round(time.monotonic() - trained, 1)}
     return [{"variant": name, "seed": seed, "steps": arguments.steps, **row}]
 
 
 def read(
-    arguments: argparse.Namespace, export: Path | str, source: ImageSource, split: Split, seed: int
+    arguments: argparse.Namespace,
+    export: Path | str,
+    features: Path,
+    source: ImageSource,
+    split: Split,
+    seed: int,
 ) -> Row:
     """Scores of one network at the size that is best on the validation part."""
     backbone = load_backbone(export, seed=derive(seed, "network"), device=arguments.device)
     keys = (*split.train, *split.val, *split.test)
     by_size: dict[int, np.ndarray] = {}
     for size in arguments.sizes:
-        folder = arguments.out / "features"
-        store = embed(backbone, source, folder, size=size, keys=keys, workers=1, quiet=True)
+        store = embed(backbone, source, features, size=size, keys=keys, workers=1, quiet=True)
         by_size[size] = vectors(store.read(keys), "cls_mean")
     chosen = {size: part_knn(x, keys, source, split, split.val) for size, x in by_size.items()}
     size = max(chosen, key=lambda size: (chosen[size], -size))

@@ -72,8 +72,9 @@ def measured(
     source = load_source(recipe.data)
     split = read_split(arguments.split, keys=source.keys)
     export: Path | str = SCRATCH
+    name = f"{batch}_{prototypes}_{seed}"
     if trained:
-        folder = RunFolder(arguments.out / "runs" / f"{batch}_{prototypes}_{seed}")
+        folder = RunFolder(arguments.out / "runs" / name)
         export = pretrain(recipe, folder, resume=True, quiet=True)
         look, last = folder.rows_with("watch/rankme")[-1], folder.rows_with("loss")[-25:]
         loss = sum(step["dino_global"] for step in last) / len(last)
@@ -82,7 +83,8 @@ def measured(
         row |= {"k": k, "loss": loss, "below": math.log(k) - loss}
         row |= {name: look[f"watch/{name}"] for name in ("rankme", "prototypes_used")}
         row |= {"effective": math.exp(look["watch/marginal_entropy"])}
-    return [row | read(arguments, export, source, split, seed)]
+    features = arguments.out / "features" / name
+    return [row | read(arguments, export, features, source, split, seed)]
 
 
 def table(rows: Sequence[Row], runs: Sequence[tuple[int, int | str]]) -> str:

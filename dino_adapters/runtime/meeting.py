@@ -11,6 +11,8 @@ machines, each counts its own.
 
 from __future__ import annotations
 
+import functools
+import os
 import time
 import uuid
 from datetime import timedelta
@@ -24,29 +26,40 @@ PAUSE = 0.02
 
 
 def meet(rank: int, size: int, patience: timedelta) -> Store:
-    """The store of this start of the job, empty, after all its processes have come.
+    """A store that no earlier start of the job has written to, once all its processes are there.
 
     Reads MASTER_ADDR and MASTER_PORT, as torchrun sets them.
 
     Args:
         rank: number of this process.
         size: how many there are.
-        patience: how long to wait for the others.
+        patience: how long to wait for the store, and then for the others.
 
     Raises:
-        DistStoreError: not all came in time.
+        DistError: the store cannot be reached, or not all came in time.
+    """
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    return fresh_part(_common(address, port, rank, size, patience), rank, size, patience)
+
+
+@functools.cache
+def _common(address: str, port: str, rank: int, size: int, patience: timedelta) -> Store:
+    """The store that all processes reach.
+
+    Kept as long as this process lives: without torchrun the first process serves it, and others
+    that join a second time would reach it while it closes.
     """
     store, _, _ = next(iter(rendezvous("env://", rank, size, timeout=patience)))
     store.set_timeout(patience)
-    return fresh_part(store, rank, size, patience)
+    return store
 
 
 def fresh_part(store: Store, rank: int, size: int, patience: timedelta) -> Store:
-    """The part of a store that the processes of this start agree on.
+    """The part of a store that the processes of this start agree on, once all are there.
 
     Each process but the first leaves a name that was never used before and waits for an answer to
-    it. The first answers every name, those of the dead too, with the name of the part, and waits
-    until each process has signed there: only the living do.
+    it. The first answers every name that it finds, those of the dead too, with the name of the
+    part, until each rank's present name is signed there: only the living sign.
 
     Args:
         store: common to all processes, be it with keys of earlier starts.
@@ -61,18 +74,25 @@ def fresh_part(store: Store, rank: int, size: int, patience: timedelta) -> Store
     if rank > 0:
         store.set(f"come/{rank}", own)
         part = store.get(f"answer/{own}").decode()
-        store.set(f"{part}/signed/{rank}", "")
-        return PrefixStore(part, store)
-    missing, begun = set(range(1, size)), time.monotonic()
-    while missing:
-        for other in missing:
-            if store.check([f"come/{other}"]):
-                store.set(f"answer/{store.get(f'come/{other}').decode()}", own)
-        missing = {other for other in missing if not store.check([f"{own}/signed/{other}"])}
-        if missing and time.monotonic() - begun > patience.total_seconds():
+        store.set(f"{part}/signed/{own}", "")
+        store.wait([f"{part}/complete"])
+        return PrefixStore(f"{part}/group", store)
+    begun = time.monotonic()
+    while missing := [other for other in range(1, size) if not _signed(store, other, own)]:
+        if time.monotonic() - begun > patience.total_seconds():
             raise DistStoreError(
-                f"{len(missing)} of {size} processes, the first of rank {min(missing)}, did not "
+                f"{len(missing)} of {size} processes, the first of rank {missing[0]}, did not "
                 f"come within {patience}. Look for their messages and start the job again."
             )
-        time.sleep(PAUSE if missing else 0)
-    return PrefixStore(own, store)
+        time.sleep(PAUSE)
+    store.set(f"{own}/complete", "")
+    return PrefixStore(f"{own}/group", store)
+
+
+def _signed(store: Store, other: int, part: str) -> bool:
+    """Whether a process that came as this rank has signed; it is told where to."""
+    if not store.check([f"come/{other}"]):
+        return False
+    name = store.get(f"come/{other}").decode()
+    store.set(f"answer/{name}", part)
+    return store.check([f"{part}/signed/{name}"])

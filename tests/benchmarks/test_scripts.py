@@ -85,7 +85,7 @@ def test_methods(images, script, capsys):
 @pytest.mark.slow
 def test_methods_in_two_processes(images, script):
     words = ["--data", images / "images", "--labels", "folder", "--split", images / "split.json"]
-    words += ["--sizes", 32, "--batch", 4, "--steps", 2, "--seeds", 1, "--variants", "dinov3"]
+    words += ["--sizes", 32, "--batch", 4, "--steps", 3, "--seeds", 1, "--variants", "dinov3"]
     for jobs in (1, 2):
         script("methods", *words, "--out", images / f"out{jobs}", "--jobs", jobs)
     one, two = (

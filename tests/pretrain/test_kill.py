@@ -52,7 +52,8 @@ def test_ten_kills_change_nothing(tiny, tmp_path, workers):
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_job_and_the_job_goes_on(tiny, tmp_path):
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_rank_ends_the_job_and_the_job_goes_on(tiny, tmp_path, killed):
     """torchrun starts all processes again when one dies, and they go on from the last state."""
     recipe = tiny(optim={"batch_size": 8}, steps=12)
     told, folder = tmp_path / "r.json", RunFolder(tmp_path / "r")
@@ -66,7 +67,7 @@ def test_a_killed_rank_ends_the_job_and_the_job_goes_on(tiny, tmp_path):
             children = subprocess.run(
                 ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
             ).stdout.split()
-            os.kill(int(children[-1]), signal.SIGKILL)
+            os.kill(int(children[killed]), signal.SIGKILL)
             _, said = process.communicate(timeout=300)
         finally:
             process.terminate()  # torchrun ends its processes, too

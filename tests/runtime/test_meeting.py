@@ -62,6 +62,21 @@ def test_a_start_that_was_killed_half_way_is_passed_over(server, late):
     assert len(start(server, 3, delays)) == 3
 
 
+def test_a_process_that_dies_before_all_are_there_is_replaced(server):
+    """It has signed and is gone; the one that comes in its place signs anew."""
+    with ThreadPoolExecutor(4) as pool:
+        first = pool.submit(fresh_part, client(server), 0, 3, LIMIT)
+        store = client(server)
+        store.set("come/2", "dies")
+        part = store.get("answer/dies").decode()
+        store.set(f"{part}/signed/dies", "")
+        time.sleep(0.2)
+        assert not first.done()
+        others = [pool.submit(fresh_part, client(server), rank, 3, LIMIT) for rank in (2, 1)]
+        first.result().set("address", "here")
+        assert [other.result().get("address") for other in others] == [b"here", b"here"]
+
+
 def test_a_process_that_never_comes_is_named(server):
     with pytest.raises(DistStoreError, match="2 of 3 processes, the first of rank 1"):
         fresh_part(client(server), 0, 3, timedelta(seconds=0.2))
