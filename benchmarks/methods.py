@@ -97,6 +97,7 @@ def recipe_of(arguments: argparse.Namespace, name: str, seed: int) -> PretrainRe
 
 def measured(arguments: argparse.Namespace, name: str, seed: int) -> list[Row]:
     """Trains one network, or takes a floor, and measures it."""
+    run = f"{name}_{seed}"
     recipe = recipe_of(arguments, name if name in VARIANTS else REFERENCE, seed)
     source = load_source(recipe.data)
     split = read_split(arguments.split, keys=source.keys)
@@ -111,11 +112,11 @@ def measured(arguments: argparse.Namespace, name: str, seed: int) -> list[Row]:
     if name == UNTRAINED:
         export: Path | str = SCRATCH
     else:
-        folder = RunFolder(arguments.out / "runs" / f"{name}_{seed}")
+        folder = RunFolder(arguments.out / "runs" / run)
         export = pretrain(recipe, folder, resume=True, quiet=True)
     trained = time.monotonic()
-    # A folder of its own: networks that few steps left equal would wait for each other.
-    features = arguments.out / "features" / f"{name}_{seed}"
+    # A folder of its own: of networks that few steps left equal, one would be refused.
+    features = arguments.out / "features" / run
     row = read(arguments, export, features, source, split, seed)
     row |= {"train_s": round(trained - began, 1), "read_s": round(time.monotonic() - trained, 1)}
     return [{"variant": name, "seed": seed, "steps": arguments.steps, **row}]

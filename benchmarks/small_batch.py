@@ -72,18 +72,18 @@ def measured(
     source = load_source(recipe.data)
     split = read_split(arguments.split, keys=source.keys)
     export: Path | str = SCRATCH
-    name = f"{batch}_{prototypes}_{seed}"
+    run = f"{batch}_{prototypes}_{seed}"
     if trained:
-        folder = RunFolder(arguments.out / "runs" / name)
+        folder = RunFolder(arguments.out / "runs" / run)
         export = pretrain(recipe, folder, resume=True, quiet=True)
         look, last = folder.rows_with("watch/rankme")[-1], folder.rows_with("loss")[-25:]
         loss = sum(step["dino_global"] for step in last) / len(last)
         settled = PretrainRecipe.model_validate_json(folder.recipe_file.read_text())
         k = settled.objective.prototypes
         row |= {"k": k, "loss": loss, "below": math.log(k) - loss}
-        row |= {name: look[f"watch/{name}"] for name in ("rankme", "prototypes_used")}
+        row |= {sign: look[f"watch/{sign}"] for sign in ("rankme", "prototypes_used")}
         row |= {"effective": math.exp(look["watch/marginal_entropy"])}
-    features = arguments.out / "features" / name
+    features = arguments.out / "features" / run
     return [row | read(arguments, export, features, source, split, seed)]
 
 

@@ -50,7 +50,6 @@ def _common(address: str, port: str, rank: int, size: int, patience: timedelta) 
     that join a second time would reach it while it closes.
     """
     store, _, _ = next(iter(rendezvous("env://", rank, size, timeout=patience)))
-    store.set_timeout(patience)
     return store
 
 
@@ -65,7 +64,7 @@ def fresh_part(store: Store, rank: int, size: int, patience: timedelta) -> Store
         store: common to all processes, be it with keys of earlier starts.
         rank: number of this process.
         size: how many there are.
-        patience: how long the first process waits; the others wait as long as the store does.
+        patience: how long to wait for the others.
 
     Raises:
         DistStoreError: not all came in time.
@@ -73,9 +72,16 @@ def fresh_part(store: Store, rank: int, size: int, patience: timedelta) -> Store
     own = uuid.uuid4().hex
     if rank > 0:
         store.set(f"come/{rank}", own)
-        part = store.get(f"answer/{own}").decode()
-        store.set(f"{part}/signed/{own}", "")
-        store.wait([f"{part}/complete"])
+        try:
+            store.wait([f"answer/{own}"], patience)
+            part = store.get(f"answer/{own}").decode()
+            store.set(f"{part}/signed/{own}", "")
+            store.wait([f"{part}/complete"], patience)
+        except DistStoreError as error:
+            raise DistStoreError(
+                f"The first process did not see all {size} within {patience}; this is rank {rank}. "
+                "Look for the messages of the others and start the job again."
+            ) from error
         return PrefixStore(f"{part}/group", store)
     begun = time.monotonic()
     while missing := [other for other in range(1, size) if not _signed(store, other, own)]:

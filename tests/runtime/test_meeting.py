@@ -27,7 +27,7 @@ def client(server):
 
 
 def start(server, size, delays):
-    """One start of all processes, each with a connection of its own: which part each has."""
+    """One start of all processes, each with a connection of its own: all hear the first one."""
 
     def process(rank):
         time.sleep(delays[rank])
@@ -36,11 +36,11 @@ def start(server, size, delays):
         part.set(f"hello/{rank}", "")
         part.wait([f"hello/{other}" for other in range(size)])  # all are in the same part
         if rank == 0:
-            part.set("address", "where the first one listens")
-        return part.get("address"), part
+            part.set("address", str(delays))
+        return part.get("address").decode()
 
     with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(process, range(size)))
+        assert list(pool.map(process, range(size))) == [str(delays)] * size
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -48,7 +48,7 @@ def test_each_start_has_a_part_of_its_own(server, size):
     draws = random.Random(size)
     for _ in range(4):  # the first process comes first, last and between
         delays = [draws.uniform(0, 0.2) for _ in range(size)]
-        assert len(start(server, size, delays)) == size
+        start(server, size, delays)
 
 
 @pytest.mark.parametrize("late", [0, 1])
@@ -59,7 +59,7 @@ def test_a_start_that_was_killed_half_way_is_passed_over(server, late):
     server.set("answer/answered", "a part that nobody is in")
     delays = [0.0, 0.0, 0.0]
     delays[late] = 0.3
-    assert len(start(server, 3, delays)) == 3
+    start(server, 3, delays)
 
 
 def test_a_process_that_dies_before_all_are_there_is_replaced(server):
@@ -78,5 +78,8 @@ def test_a_process_that_dies_before_all_are_there_is_replaced(server):
 
 
 def test_a_process_that_never_comes_is_named(server):
-    with pytest.raises(DistStoreError, match="2 of 3 processes, the first of rank 1"):
-        fresh_part(client(server), 0, 3, timedelta(seconds=0.2))
+    short = timedelta(seconds=0.2)
+    with pytest.raises(DistStoreError, match="2 of 3 processes, the first of rank 1, did not come"):
+        fresh_part(client(server), 0, 3, short)
+    with pytest.raises(DistStoreError, match=r"all 3 within 0:00:00\.2.*this is rank 2"):
+        fresh_part(client(server), 2, 3, short)
